@@ -1,0 +1,22 @@
+"""nanoGPT's CPU setting on tinyshakespeare characters, with Griffin's pattern.
+
+    hybridlm train shakespeare_char --data.path=tinyshakespeare.txt --out runs/shakespeare_char
+
+4 layers, width 128, context 64, batch 12, 2,000 steps, no dropout: nanoGPT reports a validation loss of 1.88 nats per
+character for a transformer. The text is ASCII, so a byte is a character. shakespeare_char_hawk and
+shakespeare_char_transformer swap the pattern at equal parameters. As in nanoGPT the last tenth is held out.
+"""
+
+from hybridlm.config import RGLRU, AdamW, Attention, Block, Config, Cosine, Data, Eval, GeGLU, Model, Train
+
+ffn = GeGLU(hidden=384)
+recurrent = Block(mixer=RGLRU(width=152, num_heads=8), ffn=ffn)  # as many parameters as the attention block
+local_attention = Block(mixer=Attention(num_heads=4, num_kv_heads=4, window=32), ffn=ffn)
+
+config = Config(
+    model=Model(vocab_size=320, width=128, num_layers=4, pattern=(recurrent, local_attention)),
+    data=Data(source="text", path="tinyshakespeare.txt", seq_len=64, validation_fraction=0.1),
+    optimizer=AdamW(peak_lr=1e-3, b2=0.99, schedule=Cosine(warmup_steps=100)),
+    train=Train(steps=2000, batch_size=12, log_every=50),
+    eval=Eval(every=500),
+)

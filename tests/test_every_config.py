@@ -1,0 +1,71 @@
+"""Every recipe of configs/ loads, survives JSON, and is described where a reader looks for it."""
+
+from pathlib import Path
+
+import pytest
+
+from hybridlm.config import Config
+from hybridlm.config_io import dump_json, from_dict, list_recipes, load_config, load_json, recipes_directory, to_dict
+
+RECIPES = {name: (line, config) for name, line, config in list_recipes()}
+FAMILIES = [
+    ("griffin_tiny", "hawk_tiny", "transformer_tiny"),
+    ("griffin_1b", "transformer_1b"),
+    ("shakespeare_char", "shakespeare_char_hawk", "shakespeare_char_transformer"),
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_survives_json(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    dump_json(config, tmp_path / "config.json")
+    assert load_json(tmp_path / "config.json") == config
+    assert from_dict(Config, to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_docstring_says_what_it_is_and_how_to_run_it(name: str) -> None:
+    source = (recipes_directory() / f"{name}.py").read_text(encoding="utf-8")
+    assert RECIPES[name][0].endswith((".", ":"))
+    assert f"\n    hybridlm train {name} " in source
+    assert "\nconfig = " in source
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_index_has_a_row_with_the_command(name: str) -> None:
+    rows = [r for r in (recipes_directory() / "README.md").read_text(encoding="utf-8").splitlines() if f"[{name}]" in r]
+    assert len(rows) == 1
+    assert f"`hybridlm train {name}" in rows[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
+def test_a_control_differs_in_its_pattern_alone(family: tuple[str, ...]) -> None:
+    base, *controls = (to_dict(load_config(name)) for name in family)
+    for control in controls:
+        assert control["model"].pop("pattern") != base["model"]["pattern"]
+        assert control["model"] == {k: v for k, v in base["model"].items() if k != "pattern"}
+        assert {**control, "model": None} == {**base, "model": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "rnn_width", "num_layers", "num_heads", "window"),
+    [
+        # De et al., 2024, arXiv:2402.19427, table 2; RecurrentGemma from its published checkpoint.
+        ("griffin_1b", 2048, 2560, 24, 16, 1024),
+        ("griffin_3b", 3072, 4096, 24, 24, 1024),
+        ("griffin_7b", 4096, 5632, 32, 32, 1024),
+        ("recurrentgemma_2b", 2560, 2560, 26, 10, 2048),
+    ],
+)
+def test_published_shapes(name: str, width: int, rnn_width: int, num_layers: int, num_heads: int, window: int) -> None:
+    model = to_dict(load_config(name))["model"]
+    recurrent, again, local = model["pattern"]
+    assert (model["width"], model["num_layers"]) == (width, num_layers)
+    assert recurrent == again
+    assert (recurrent["mixer"]["type"], recurrent["mixer"]["width"]) == ("RGLRU", rnn_width)
+    attention = local["mixer"]
+    assert (attention["num_heads"], attention["num_kv_heads"], attention["window"]) == (num_heads, 1, window)
+    assert attention["num_heads"] * attention["head_dim"] == width
+    assert attention["rope_fraction"] == 0.5
+    assert {block["ffn"]["hidden"] for block in model["pattern"]} == {3 * width}
+    assert {block["ffn"]["type"] for block in model["pattern"]} == {"GeGLU"}
