@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, packing, pipelines. Imports neither the model nor the trainer."""
