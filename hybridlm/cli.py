@@ -1,0 +1,216 @@
+"""The `hybridlm` command: one small function per subcommand. JAX is imported only when a command needs it.
+
+Exit codes: 0 done; 2 the input is wrong (one line says how); 75 stopped on request after saving; 1 anything else.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hybridlm import config_io
+from hybridlm.config import Config
+from hybridlm.config_check import ConfigError, suggestion
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except ConfigError as error:
+        print(f"hybridlm: {error}", file=sys.stderr)
+        code = 2
+    except FloatingPointError as error:
+        print(f"hybridlm: {error}", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:
+        # The reader has gone, as in `| head`: nothing more can be written, not even by the interpreter's last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        # Disk full, for one: what went wrong is in the message, not in our stack.
+        print(f"hybridlm: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("hybridlm: interrupted, not saved", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse `argv` and run its subcommand. Raises ConfigError for wrong input."""
+    args, overrides = make_parser().parse_known_args(argv)
+    for module in args.imports:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"--import {module}", f": {error}") from None
+    return args.command(args, field_assignments(overrides))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="hybridlm", description="Pretrain, fine-tune and evaluate hybrid language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=function)
+        sub.add_argument(
+            "--import", dest="imports", metavar="MODULE", action="append", default=[], help="a module with blocks of your own"
+        )
+        return sub
+
+    sub = command("train", train, "train a config, or go on with the run in --out")
+    sub.epilog = "Any field of the config can be set: --train.steps=100. `hybridlm show CONFIG` lists them."
+    sub.add_argument("config", help="a recipe of `hybridlm list configs`, or a path to a .py or .json file")
+    sub.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
+    sub.add_argument("--fresh", action="store_true", help="refuse to resume a run that is there already")
+
+    sub = command("eval", evaluate, "loss, perplexity and bits per byte of a run on held-out text")
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--data", metavar="SPEC", help="python-stdlib, or a text or .jsonl file or directory (all of it is used)")
+    sub.add_argument("--context", type=int, metavar="N", help="window in tokens (default: data.seq_len)")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+
+    sub = command("generate", generate, "continue a prompt")
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
+    sub.add_argument("--top-k", type=int, metavar="K")
+    sub.add_argument("--top-p", type=float, metavar="P")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("show", show, "every field of a config, with its value")
+    sub.add_argument("config")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+
+    sub = command("list", list_names, "what there is to choose from")
+    sub.add_argument("what", nargs="?", default="configs", choices=("configs", "mixers", "ffns", "optimizers"))
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports errors as one line and exit code 2, and suggests the nearest choice."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(self.prog, f": {message}")
+
+
+def field_assignments(words: Sequence[str]) -> list[str]:
+    """`--a.b=1` and `--a.b 1` as `a.b=1`. Raises ConfigError for anything else that is left on the command line."""
+    assignments, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        name = word.removeprefix("--").partition("=")[0]
+        if not word.startswith("--") or "." not in name:
+            flags = ("--out", "--fresh", "--data", "--context", "--json", "--prompt", "--temperature", "--seed")
+            raise ConfigError(word, f": no such option{suggestion(word, flags)}")
+        if "=" not in word:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(word, ": needs a value, such as --train.steps=100")
+            word = f"{word}={words.pop(0)}"
+        assignments.append(word.removeprefix("--"))
+    return assignments
+
+
+def train(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = config_io.override(config_io.load_config(args.config), overrides)
+    directory = args.out or Path("runs") / Path(args.config).stem
+
+    from hybridlm.train.loop import train
+
+    return train(config, directory, fresh=args.fresh)
+
+
+def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = run_config(args.run, overrides)
+    if args.context is not None:
+        config = replace(config, data=replace(config.data, seq_len=args.context))
+
+    from hybridlm.evaluation.perplexity import evaluate_run
+
+    report = evaluate_run(config, args.run, data_spec=args.data)
+    if args.json is not None:
+        write_json(args.json, report)
+    return 0
+
+
+def generate(args: argparse.Namespace, overrides: list[str]) -> int:
+    run_config(args.run, overrides)
+
+    from hybridlm import load
+    from hybridlm.data.tokenizers import StreamDecoder
+    from hybridlm.generate import Sampling, generate
+
+    if args.max_new_tokens < 1:
+        raise ConfigError("--max-new-tokens", f"={args.max_new_tokens}: must be at least 1")
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    model, tokenizer, _ = load(args.run)
+    prompt = args.prompt.encode()
+    decoder = StreamDecoder(tokenizer, context=tokenizer.encode(prompt).tolist())
+    print(args.prompt, end="", flush=True)
+    for token in generate(
+        model, tokenizer, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed
+    ):
+        print(decoder.push(token), end="", flush=True)
+    print(decoder.finish())
+    return 0
+
+
+def show(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = config_io.override(config_io.load_config(args.config), overrides)
+    if args.json:
+        print(json.dumps(config_io.to_dict(config), indent=2))
+    else:
+        for path, value in config_io.leaves(config):
+            print(f"{path}={value}")
+    return 0
+
+
+def list_names(args: argparse.Namespace, overrides: list[str]) -> int:
+    if overrides:
+        raise ConfigError(overrides[0], ": `hybridlm list` has no config to set fields of")
+    if args.what == "configs":
+        rows = [(name, summary) for name, summary, _ in config_io.list_recipes()]
+    else:
+        rows = [(cls.__name__, (cls.__doc__ or "").partition("\n")[0]) for cls in registered(args.what)]
+    width = max(len(name) for name, _ in rows)
+    for name, summary in rows:
+        print(f"{name:{width}}  {summary}")
+    return 0
+
+
+def registered(what: str) -> list[type]:
+    """The config classes that something is registered for."""
+    from hybridlm.ffns import FFNS
+    from hybridlm.mixers import MIXERS
+    from hybridlm.optim import OPTIMIZERS
+
+    return list({"mixers": MIXERS.entries, "ffns": FFNS.entries, "optimizers": OPTIMIZERS}[what])
+
+
+def run_config(run_dir: Path, overrides: list[str]) -> Config:
+    """A run's config with overrides, read without JAX."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        reason = "holds no config.json, so it is no run directory" if run_dir.is_dir() else "no such run directory"
+        raise ConfigError(str(run_dir), f": {reason}; `hybridlm train CONFIG --out {run_dir}` makes one")
+    return config_io.override(config_io.load_json(path), overrides)
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path}", f": cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()

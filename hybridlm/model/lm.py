@@ -1,0 +1,115 @@
+"""The language model: embedding, stack, final norm, head.
+
+Letters: b batch, t time, d model width, v vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hybridlm import config
+from hybridlm.ffns.base import Aux
+from hybridlm.jax_compat import target_platform
+from hybridlm.layers import RMSNorm, fan_in_normal
+from hybridlm.mixers.base import Context, Segments, document_positions
+from hybridlm.model.stack import Stack
+from hybridlm.sharding import constrain, out_sharding, param
+
+LMState = dict[str, Any]
+"""`stack`: the mixers' states; `id` and `position` [b] int32: the last real token's document id, and the next position."""
+
+
+class LM(nnx.Module):
+    """tokens -> logits. Parameters are float32; see `config.Model` for the rest."""
+
+    def __init__(self, cfg: config.Model, kernels: config.Kernels, rngs: nnx.Rngs):
+        self.cfg, self.context = cfg, make_context(cfg, kernels)
+        table = jax.nn.initializers.normal(cfg.width**-0.5)
+        self.embedding = param(rngs, (cfg.vocab_size, cfg.width), ("vocab", None), table)
+        self.stack = Stack(cfg, self.context, rngs)
+        self.norm = RMSNorm(rngs, cfg.width, cfg.norm_eps)
+        self.w_head = (
+            None
+            if cfg.tied_embedding
+            else param(rngs, (cfg.width, cfg.vocab_size), ("embed", "logits"), fan_in_normal(1.0))
+        )
+
+    def __call__(
+        self, tokens: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None = None, state: LMState | None = None
+    ) -> tuple[Float[Array, "b t v"], LMState | None]:
+        """Logits in float32, and the state after the last token where one was given (see `init_state`).
+
+        `segment_ids`: 0 is padding, which leaves the state unchanged; the id changes where a document begins. With a
+        state, a row continues its document where the first id equals the last one it saw. All ones when absent.
+        """
+        ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+        segments = Segments(ids, document_positions(ids))
+        if state is not None:
+            segments = continue_documents(segments, state)
+        x, stack, _ = self.features(tokens, segments, None if state is None else state["stack"])
+        return self.logits(x), None if state is None else {"stack": stack, **_last_token(segments, state)}
+
+    def features(
+        self, tokens: Int[Array, "b t"], segments: Segments, stack_state: Any = None
+    ) -> tuple[Float[Array, "b t d"], Any, Aux]:
+        """What the head reads, the stack's new state, and the blocks' losses and metrics."""
+        x = self.embedding[...].at[tokens].get(out_sharding=out_sharding("batch", None, None))
+        x = x.astype(self.context.dtype)
+        if self.cfg.scale_embedding:
+            x = x * jnp.asarray(self.cfg.width**0.5, x.dtype)
+        x, stack_state, _, aux = self.stack(x, segments, stack_state, {})
+        return self.norm(x), stack_state, aux
+
+    def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Float32 logits of features, soft-capped when the config says so."""
+        sharding = out_sharding("batch", None, "logits")
+        if self.w_head is None:
+            # The rows are sharded over fsdp as well, which is the batch's: bring them to the head's layout first.
+            table = constrain(self.embedding[...].astype(x.dtype), "logits", None)
+            y = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32, out_sharding=sharding)
+        else:
+            w = self.w_head[...].astype(x.dtype)
+            y = jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32, out_sharding=sharding)
+        cap = self.cfg.logit_soft_cap
+        return y if cap is None else cap * jnp.tanh(y / cap)
+
+    def init_state(self, batch: int, length: int) -> LMState:
+        """The state before the first of up to `length` tokens (full attention keeps them all; others do not grow)."""
+        zeros = constrain(jnp.zeros((batch,), jnp.int32), "batch")
+        return {"stack": self.stack.init_state(batch, length), "id": zeros, "position": zeros}
+
+
+def make_context(cfg: config.Model, kernels: config.Kernels) -> Context:
+    """`dtype="auto"` is bfloat16, on CPU float32."""
+    auto = "float32" if target_platform() == "cpu" else "bfloat16"
+    dtype = jnp.dtype(auto if cfg.dtype == "auto" else cfg.dtype)
+    return Context(
+        width=cfg.width, num_layers=cfg.num_layers, norm_eps=cfg.norm_eps, dtype=dtype, kernels=kernels
+    )
+
+
+def continue_documents(segments: Segments, state: LMState) -> Segments:
+    """Positions that go on from the state in each row's first document, where it is the state's last one."""
+    ids, positions = segments
+    first = jnp.argmax(ids != 0, axis=1, keepdims=True)
+    first_id = jnp.take_along_axis(ids, first, axis=1)
+    time = jnp.arange(ids.shape[1])
+    in_first = (time >= first) & (time - positions <= first) & (ids == first_id)
+    goes_on = in_first & (first_id == state["id"][:, None])
+    return Segments(ids, positions + jnp.where(goes_on, state["position"][:, None], 0))
+
+
+def _last_token(segments: Segments, state: LMState) -> dict[str, Array]:
+    ids, positions = segments
+    time = jnp.arange(ids.shape[1])
+    last = jnp.argmax(jnp.where(ids != 0, time, -1), axis=1, keepdims=True)
+    any_real = jnp.any(ids != 0, axis=1)
+    last_id = jnp.take_along_axis(ids, last, axis=1)[:, 0]
+    position = jnp.take_along_axis(positions, last, axis=1)[:, 0] + 1
+    return {
+        "id": jnp.where(any_real, last_id, state["id"]),
+        "position": jnp.where(any_real, position, state["position"]),
+    }

@@ -1,0 +1,138 @@
+"""The layers: prologue, repeats of the pattern under one `lax.scan`, what is left of the pattern, epilogue.
+
+Compile time does not grow with the number of repeats. Letters: b batch, t time, d model width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from hybridlm import config
+from hybridlm.ffns import FFNS
+from hybridlm.ffns.base import Aux
+from hybridlm.layers import RMSNorm
+from hybridlm.mixers import MIXERS
+from hybridlm.mixers.base import Carry, Context, Segments, State
+
+BLOCK_OUTPUT = "block_output"
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block_outputs": jax.checkpoint_policies.save_only_these_names(BLOCK_OUTPUT),
+}
+
+StackState = dict[str, Any]
+"""Mixer states by part: `prologue`, `tail` and `epilogue` are lists over blocks, `repeats` has stacked leaves."""
+
+
+class Block(nnx.Module):
+    """x += mixer(norm(x)); x += ffn(norm(x))."""
+
+    def __init__(self, cfg: config.Block, context: Context, rngs: nnx.Rngs):
+        self.mixer_norm = RMSNorm(rngs, context.width, context.norm_eps)
+        self.mixer = MIXERS.module_of(cfg.mixer)(cfg.mixer, context, rngs)
+        if cfg.ffn is not None:
+            self.ffn_norm = RMSNorm(rngs, context.width, context.norm_eps)
+            self.ffn = FFNS.module_of(cfg.ffn)(cfg.ffn, context, rngs)
+        else:
+            self.ffn = None
+
+    def __call__(
+        self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry
+    ) -> tuple[Float[Array, "b t d"], State | None, Carry, Aux]:
+        y, state, carry = self.mixer(self.mixer_norm(x), segments, state, carry)
+        x = x + checkpoint_name(y, BLOCK_OUTPUT)
+        if self.ffn is None:
+            return x, state, carry, {}
+        y, aux, carry = self.ffn(self.ffn_norm(x), segments, carry)
+        return x + checkpoint_name(y, BLOCK_OUTPUT), state, carry, aux
+
+
+class Stack(nnx.Module):
+    """All blocks of a model."""
+
+    def __init__(self, cfg: config.Model, context: Context, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.num_repeats, tail = divmod(
+            cfg.num_layers - len(cfg.prologue) - len(cfg.epilogue), len(cfg.pattern)
+        )
+
+        def blocks(part: tuple[config.Block, ...], rngs: nnx.Rngs) -> nnx.List:
+            return nnx.List([Block(block, context, rngs) for block in part])
+
+        self.prologue = blocks(cfg.prologue, rngs)
+        if self.num_repeats:
+            self.repeats = jax.vmap(lambda rngs: blocks(cfg.pattern, rngs))(rngs.split(self.num_repeats))
+        self.tail = blocks(cfg.pattern[:tail], rngs)
+        self.epilogue = blocks(cfg.epilogue, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], segments: Segments, state: StackState | None, carry: Carry
+    ) -> tuple[Float[Array, "b t d"], StackState | None, Carry, Aux]:
+        """`state` None is training. Aux values are averaged over the blocks that report them."""
+        run = _apply_block
+        if self.cfg.remat != "none" and state is None:
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.cfg.remat])
+        auxes: list[tuple[Aux, int]] = []
+        new_state: StackState = {}
+
+        def run_all(blocks: Any, x: Array, states: Any, carry: Carry) -> tuple[Array, list[Any], Carry, list[Aux]]:
+            new_states, reported = [], []
+            for block, block_state in zip(blocks, states, strict=True):
+                x, block_state, carry, aux = run(block, x, segments, block_state, carry)
+                new_states.append(block_state)
+                reported.append(aux)
+            return x, new_states, carry, reported
+
+        def run_part(name: str, x: Array, carry: Carry) -> tuple[Array, Carry]:
+            blocks = getattr(self, name)
+            states = [None] * len(blocks) if state is None else state[name]
+            x, new_state[name], carry, reported = run_all(blocks, x, states, carry)
+            auxes.extend((aux, 1) for aux in reported)
+            return x, carry
+
+        def repeat(loop: tuple[Array, Carry], xs: tuple[Any, Any]) -> tuple[tuple[Array, Carry], tuple[Any, Any]]:
+            blocks, states = xs
+            states = [None] * len(blocks) if states is None else states
+            y, new_states, carry, reported = run_all(blocks, loop[0], states, loop[1])
+            return (y, carry), (new_states, reported)
+
+        x, carry = run_part("prologue", x, carry)
+        if self.num_repeats:
+            states = None if state is None else state["repeats"]
+            (x, carry), (new_state["repeats"], reported) = jax.lax.scan(repeat, (x, carry), (self.repeats, states))
+            auxes.extend((jax.tree.map(lambda v: jnp.sum(v, axis=0), aux), self.num_repeats) for aux in reported)
+        x, carry = run_part("tail", x, carry)
+        x, carry = run_part("epilogue", x, carry)
+        return x, None if state is None else new_state, carry, _mean_by_name(auxes)
+
+    def init_state(self, batch: int, length: int) -> StackState:
+        """Empty states of all mixers, for up to `length` tokens."""
+
+        def part(blocks: Any) -> list[State]:
+            return [block.mixer.init_state(batch, length) for block in blocks]
+
+        state: StackState = {name: part(getattr(self, name)) for name in ("prologue", "tail", "epilogue")}
+        if self.num_repeats:
+            state["repeats"] = jax.vmap(lambda blocks: part(blocks))(self.repeats)
+        return state
+
+
+def _apply_block(
+    block: Block, x: Array, segments: Segments, state: State | None, carry: Carry
+) -> tuple[Array, State | None, Carry, Aux]:
+    return block(x, segments, state, carry)
+
+
+def _mean_by_name(auxes: list[tuple[Aux, int]]) -> Aux:
+    """Average of every reported value; `auxes` holds sums and how many blocks each is over."""
+    totals: dict[str, tuple[Array, int]] = {}
+    for aux, count in auxes:
+        for name, value in aux.items():
+            total, blocks = totals.get(name, (0.0, 0))
+            totals[name] = (total + value, blocks + count)
+    return {name: total / blocks for name, (total, blocks) in totals.items()}

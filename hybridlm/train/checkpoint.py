@@ -1,0 +1,100 @@
+"""Checkpoints with Orbax: training state, data position and config, committed together or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from hybridlm.config_check import ConfigError
+from hybridlm.train.step import TrainState
+
+FORMAT = 1
+# Orbax takes any directory named by a number for a checkpoint; these files it writes before the commit.
+PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data", "config")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager; leaving it waits for the save in progress."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = directory
+        set_aside_incomplete(directory)
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(),
+            context=_context(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        )
+        self._saving: Any = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._checkpointer.close()
+
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
+        """Start saving, unless this step is saved already; returns as soon as the arrays are copied."""
+        self.wait()
+        if self.latest_step() == step:
+            return
+        parts = {"state": state, "data": data, "config": config | {"format": FORMAT}}
+        self._saving = self._checkpointer.save_checkpointables_async(step, parts)
+
+    def wait(self) -> None:
+        """Wait for the save in progress, and raise what went wrong in it."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The latest state, laid out like `abstract` (shapes, dtypes and shardings), and its data position."""
+        step = self.latest_step()
+        loaded = self._checkpointer.load_checkpointables(step, {"state": abstract, "data": None})
+        return loaded["state"], loaded["data"]
+
+    def restore_params(self, abstract: Any) -> Any:
+        """The latest parameters alone."""
+        step = self.latest_step()
+        if step is None:
+            raise ConfigError(str(self.directory), ": holds no complete checkpoint; train first")
+        with _context(partial=True):
+            loaded = ocp.load(self.directory.absolute() / str(step), {"params": abstract}, checkpointable_name="state")
+        return loaded["params"]
+
+
+def set_aside_incomplete(directory: Path) -> None:
+    """Rename what looks like a checkpoint but was never committed, so that it is neither read nor in the way."""
+    if jax.process_index() != 0 or not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.isdigit() and not all((path / part).exists() for part in PARTS):
+            os.replace(path, path.with_name(f"incomplete.{path.name}"))
+            print(f"{path} is incomplete; it is set aside as incomplete.{path.name}", flush=True)
+
+
+def abstract_state(init: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes, dtypes and shardings of what `init()` would return on `mesh`."""
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        spec = jax.sharding.PartitionSpec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(leaf, jax.eval_shape(init))
+
+
+def _context(partial: bool = False) -> ocp.Context:
+    context = ocp.Context()
+    registry = ocp.handlers.local_registry(include_global_registry=True)
+    for name in ("data", "config"):
+        # Without this a dict of numbers is saved as arrays.
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context.checkpointables.registry = registry
+    context.pytree.loading.partial_load = partial
+    return context
