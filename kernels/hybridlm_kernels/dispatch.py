@@ -9,10 +9,9 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import cast
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -31,16 +30,6 @@ class UnsupportedKernel(NotImplementedError):
     """The implementation asked for by name cannot serve this call."""
 
 
-class ShapedArray(Protocol):
-    """An array, or a `jax.ShapeDtypeStruct`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> jnp.dtype: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """The implementation that `op` takes and the reasons for it."""
@@ -53,7 +42,7 @@ class Explanation:
         return f"{self.op}: {self.impl} ({'; '.join(self.reasons)})"
 
 
-def explain(op: str, *operands: ShapedArray, impl: str = "auto") -> Explanation:
+def explain(op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str = "auto") -> Explanation:
     """Which implementation `op` takes for these operands (arrays or `jax.ShapeDtypeStruct`s, time in axis 1), and why.
 
     Raises UnsupportedKernel when `impl` names one that cannot serve, ValueError for an unknown `op` or `impl`.
@@ -71,7 +60,7 @@ def explain(op: str, *operands: ShapedArray, impl: str = "auto") -> Explanation:
     return Explanation(op, impl, ("asked for by name",))
 
 
-def choose(op: str, *operands: ShapedArray, impl: str) -> str:
+def choose(op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str) -> str:
     """The implementation to run, never "auto"; the first automatic choice of each kind is logged."""
     explanation = explain(op, *operands, impl=impl)
     if impl == "auto":
@@ -141,7 +130,8 @@ def local(
     if AxisType.Manual in mesh.axis_types:
         # The gradient of a shard_map within another over different axes fails to lower (jax 0.10 to 0.12), so the
         # compiler divides the work over the axes that are left.
-        return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_specs)(*placed)
+        automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_specs)
+        return cast(tuple[Array, ...], automatic(*placed))
     in_specs = tuple(agreed(names) for _, names in operands)
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(explicit))(*placed)
 

@@ -84,7 +84,7 @@ def _reference(
         return (h, jnp.where(id_t != 0, id_t, last_id)), h
 
     x, a, ids, h0 = align_varying(x, a, ids, _initial(h0, x, carry_dtype))
-    time_major = tuple(jnp.moveaxis(array, 1, 0) for array in (a, x, ids))
+    time_major = (jnp.moveaxis(a, 1, 0), jnp.moveaxis(x, 1, 0), jnp.moveaxis(ids, 1, 0))
     (h_last, _), h = lax.scan(step, (h0, jnp.zeros_like(ids[:, 0])), time_major, reverse=reverse)
     return jnp.moveaxis(h, 0, 1).astype(jnp.result_type(a.dtype, x.dtype)), h_last
 
@@ -97,9 +97,8 @@ def _chunked(
     kinds = None if segment_ids is None else token_kinds(segment_ids, reverse)[:, :, None]
     x, a, h0, kinds = align_varying(x, a, _initial(h0, x, carry_dtype), kinds)
     if x.shape[1] == 1:  # decoding: no loop
-        h_last = _kept(_at(a, 0).astype(carry_dtype), _at(kinds, 0)) * h0 + _real(
-            _at(x, 0).astype(carry_dtype), _at(kinds, 0)
-        )
+        kind = _kind_at(kinds, 0)
+        h_last = _kept(a[:, 0].astype(carry_dtype), kind) * h0 + _real(x[:, 0].astype(carry_dtype), kind)
         return h_last[:, None].astype(jnp.result_type(a.dtype, x.dtype)), h_last
     return _scan(a, x, h0, kinds, reverse, x.dtype)
 
@@ -156,8 +155,10 @@ def chunk_length(t: int) -> int:
 def scan_in_chunks(
     a: Array, x: Array, h0: Array, kinds: Array | None, *, chunk: int, reverse: bool
 ) -> tuple[Array, Array]:
+    """h and h_last, all chunks of `chunk` tokens advancing together; `kinds` [b, t, 1] as in segments.py."""
     t = x.shape[1]
-    a, x, kinds = (_split(v, chunk, reverse, fill) for v, fill in ((a, 1), (x, 0), (kinds, PADDING)))
+    a, x = _split(a, chunk, reverse, 1), _split(x, chunk, reverse, 0)
+    kinds = None if kinds is None else _split(kinds, chunk, reverse, PADDING)
 
     def token(j: Array) -> tuple[Array, Array]:
         kind = _kind_at(kinds, j)
@@ -188,7 +189,8 @@ def adjoint_in_chunks(
 ) -> tuple[Array, Array, Array]:
     """The transposed recurrence u_t = dh_t + a_{t+1} u_{t+1}, dx_t = u_t, da_t = u_t h_{t-1}, against time."""
     t = h.shape[1]
-    a, h, dh, kinds = (_split(v, chunk, reverse, fill) for v, fill in ((a, 1), (h, 0), (dh, 0), (kinds, PADDING)))
+    a, h, dh = _split(a, chunk, reverse, 1), _split(h, chunk, reverse, 0), _split(dh, chunk, reverse, 0)
+    kinds = None if kinds is None else _split(kinds, chunk, reverse, PADDING)
     first, earlier = (chunk - 1, 1) if reverse else (0, -1)
     before = _before_chunks(h, h0, reverse)
 
@@ -258,12 +260,12 @@ def _put(array: Array, value: Array, j: Array) -> Array:
     return lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), j, axis=array.ndim - 2)
 
 
-def _split(array: Array | None, chunk: int, reverse: bool, fill: int) -> Array | None:
+def _split(array: Array, chunk: int, reverse: bool, fill: int) -> Array:
     """[b, t, d] as chunks [b, n, c, d], filled up beyond the token that the scan reaches last; one chunk stays as is.
 
     XLA on CPU runs a loop over [b, t, d] four times faster than the same loop over [b, 1, t, d].
     """
-    if array is None or array.shape[1] == chunk:
+    if array.shape[1] == chunk:
         return array
     b, t, d = array.shape
     if missing := -t % chunk:
