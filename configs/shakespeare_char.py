@@ -14,7 +14,7 @@ recurrent = Block(mixer=RGLRU(width=152, num_heads=8), ffn=ffn)  # as many param
 local_attention = Block(mixer=Attention(num_heads=4, num_kv_heads=4, window=32), ffn=ffn)
 
 config = Config(
-    model=Model(vocab_size=320, width=128, num_layers=4, pattern=(recurrent, local_attention)),
+    model=Model(vocab_size=320, width=128, num_layers=4, pattern=(recurrent, recurrent, local_attention)),
     data=Data(source="text", path="tinyshakespeare.txt", seq_len=64, validation_fraction=0.1),
     optimizer=AdamW(peak_lr=1e-3, b2=0.99, schedule=Cosine(warmup_steps=100)),
     train=Train(steps=2000, batch_size=12, log_every=50),

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,13 +46,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: Sequence[str]) -> int:
     """Parse `argv` and run its subcommand. Raises ConfigError for wrong input."""
-    args, overrides = make_parser().parse_known_args(argv)
+    words, assignments = split_fields(argv)
+    args, unknown = make_parser().parse_known_args(words)
+    if unknown:
+        known = [word for word in vars(args) if word not in ("command", "imports")]
+        close = suggestion(unknown[0], [f"--{name.replace('_', '-')}" for name in known])
+        raise ConfigError(unknown[0], f": no such option{close}" if close else ": no such option; --help lists them")
+    if args.imports:
+        sys.path.insert(0, os.getcwd())  # which the installed command, unlike `python -m`, does not look into
     for module in args.imports:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ConfigError(f"--import {module}", f": {error}") from None
-    return args.command(args, field_assignments(overrides))
+    return args.command(args, assignments)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,27 +105,27 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors as one line and exit code 2, and suggests the nearest choice."""
+    """Reports errors as one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(self.prog, f": {message}")
+        command = self.prog.partition(" ")[2]
+        raise ConfigError(command or "COMMAND", f": {message}; `{self.prog} --help` says more")
 
 
-def field_assignments(words: Sequence[str]) -> list[str]:
-    """`--a.b=1` and `--a.b 1` as `a.b=1`. Raises ConfigError for anything else that is left on the command line."""
-    assignments, words = [], list(words)
+def split_fields(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are not about fields of the config; and `--a.b=1` or `--a.b 1` as `a.b=1`."""
+    others, assignments, words = [], [], list(words)
     while words:
         word = words.pop(0)
-        name = word.removeprefix("--").partition("=")[0]
-        if not word.startswith("--") or "." not in name:
-            flags = ("--out", "--fresh", "--data", "--context", "--json", "--prompt", "--temperature", "--seed")
-            raise ConfigError(word, f": no such option{suggestion(word, flags)}")
+        if not re.match(r"--\w[\w-]*\.", word):
+            others.append(word)
+            continue
         if "=" not in word:
             if not words or words[0].startswith("--"):
                 raise ConfigError(word, ": needs a value, such as --train.steps=100")
             word = f"{word}={words.pop(0)}"
         assignments.append(word.removeprefix("--"))
-    return assignments
+    return others, assignments
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -132,7 +140,11 @@ def train(args: argparse.Namespace, overrides: list[str]) -> int:
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     config = run_config(args.run, overrides)
     if args.context is not None:
+        if args.context < 2:
+            raise ConfigError("--context", f"={args.context}: must be at least 2")
         config = replace(config, data=replace(config.data, seq_len=args.context))
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError(f"--json {args.json}", f": no directory {args.json.parent}; make it first")
 
     from hybridlm.evaluation.perplexity import evaluate_run
 
@@ -143,17 +155,24 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def generate(args: argparse.Namespace, overrides: list[str]) -> int:
-    run_config(args.run, overrides)
+    run_config(args.run, [])
+    if overrides:
+        raise ConfigError(overrides[0], ": `hybridlm generate` takes the run's own config; leave it out")
+    if args.max_new_tokens < 1:
+        raise ConfigError("--max-new-tokens", f"={args.max_new_tokens}: must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError("--seed", f"={args.seed}: must be at least 0 and below {2**32}")
+    try:
+        prompt = args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("--prompt", f": is not UTF-8 at character {error.start}; correct it") from None
 
     from hybridlm import load
     from hybridlm.data.tokenizers import StreamDecoder
     from hybridlm.generate import Sampling, generate
 
-    if args.max_new_tokens < 1:
-        raise ConfigError("--max-new-tokens", f"={args.max_new_tokens}: must be at least 1")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     model, tokenizer, _ = load(args.run)
-    prompt = args.prompt.encode()
     decoder = StreamDecoder(tokenizer, context=tokenizer.encode(prompt).tolist())
     print(args.prompt, end="", flush=True)
     for token in generate(

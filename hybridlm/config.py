@@ -138,6 +138,9 @@ class Model(Node):
     remat: Literal["none", "full", "dots", "block_outputs"] = "none"
     """What the backward pass recomputes in a block: nothing, all, all but matmuls, all but mixer and FFN outputs."""
 
+    scan_unroll: PositiveInt = 1
+    """Repeats of the pattern per step of the layer scan: more compile longer and copy fewer saved activations."""
+
     def check(self) -> None:
         if not self.pattern:
             raise ConfigError("pattern", ": must hold at least one Block")
@@ -219,7 +222,7 @@ class Train(Node):
     z_loss: NonNegativeFloat = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM uses 1e-4)."""
     log_every: PositiveInt = 10
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     max_nonfinite_steps: PositiveInt = 10
     """Steps with a non-finite loss or gradient change nothing; so many in a row stop the run."""
 

@@ -6,7 +6,8 @@ Letters: b batch, t time, d model width, h heads, k key dim.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
 
 from hybridlm.sharding import out_sharding, param
 
@@ -19,6 +20,23 @@ def fan_in_normal(scale: float, in_axis: int | tuple[int, ...] = 0) -> jax.nn.in
     )
 
 
+def merge_tokens(x: Shaped[Array, "b t *rest"]) -> Shaped[Array, "bt *rest"]:
+    """[b, t, ...] -> [b t, ...], the shape in which projections and what is elementwise between them are computed.
+
+    XLA on CPU flattens the operands of a matmul anyway, and elementwise work fused with that reshape does not vectorise:
+    the backward pass of a gated MLP takes 2.5 times as long in three dimensions.
+    """
+    return x.reshape(-1, *x.shape[2:])
+
+
+def split_tokens(x: Shaped[Array, "bt *rest"], batch: int) -> Shaped[Array, "b t *rest"]:
+    """The inverse of `merge_tokens`."""
+    sharding = jax.typeof(x).sharding
+    # Else mesh axes of size 1 would come to stand on time.
+    out = None if sharding.mesh.empty else PartitionSpec(sharding.spec[0], None, *sharding.spec[1:])
+    return jnp.reshape(x, (batch, -1, *x.shape[1:]), out_sharding=out)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b) in x's dtype."""
 
@@ -26,19 +44,13 @@ class Linear(nnx.Module):
         self, rngs: nnx.Rngs, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, scale: float = 1.0
     ):
         self.w = param(rngs, (d_in, d_out), axes, fan_in_normal(scale))
-        self.b = param(rngs, (d_out,), (axes[1],), nnx.initializers.zeros) if bias else None
-        self.out_axis = axes[1]
-
-    def __call__(self, x: Float[Array, "b t i"]) -> Float[Array, "b t o"]:
         # The residual stream is not sharded over its width, whatever the weight is.
-        axis = None if self.out_axis == "embed" else self.out_axis
-        y = jnp.einsum("bti,io->bto", x, self.w[...].astype(x.dtype), out_sharding=out_sharding("batch", None, axis))
-        return y if self.b is None else y + _bias(self.b[...].astype(x.dtype), axis)
+        self.out_axis = None if axes[1] == "embed" else axes[1]
+        self.b = param(rngs, (d_out,), (self.out_axis,), nnx.initializers.zeros) if bias else None
 
-
-def _bias(b: Float[Array, " o"], axis: str | None) -> Float[Array, " o"]:
-    sharding = out_sharding(axis)
-    return b if sharding is None else jax.sharding.reshard(b, sharding)
+    def __call__(self, x: Float[Array, "bt i"]) -> Float[Array, "bt o"]:
+        y = jnp.dot(x, self.w[...].astype(x.dtype), out_sharding=out_sharding("batch", self.out_axis))
+        return y if self.b is None else y + self.b[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

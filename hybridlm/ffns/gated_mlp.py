@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from hybridlm import config
 from hybridlm.ffns.base import Aux
-from hybridlm.layers import Linear
+from hybridlm.layers import Linear, merge_tokens, split_tokens
 from hybridlm.mixers.base import Carry, Context, Segments
 
 ACTIVATIONS = {
@@ -31,7 +31,9 @@ class GatedMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], segments: Segments, carry: Carry
     ) -> tuple[Float[Array, "b t d"], Aux, Carry]:
-        return self.down(self.activation(self.gate(x)) * self.up(x)), {}, carry
+        tokens = merge_tokens(x)
+        y = self.down(self.activation(self.gate(tokens)) * self.up(tokens))
+        return split_tokens(y, x.shape[0]), {}, carry
 
     @staticmethod
     def flops(cfg: config.GatedMLP, context: Context) -> int:

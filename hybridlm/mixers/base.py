@@ -67,6 +67,17 @@ def document_positions(ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
 
 
 def continues(segments: Segments) -> Bool[Array, " b"]:
-    """Whether the first real token of each row continues the document that the state is from."""
-    first = jnp.argmax(segments.ids != 0, axis=1, keepdims=True)
-    return jnp.take_along_axis(segments.positions, first, axis=1)[:, 0] != 0
+    """Whether the state of each row is still good: its first real token goes on with a document, or it has none."""
+    real = segments.ids != 0
+    first = jnp.argmax(real, axis=1, keepdims=True)
+    goes_on = jnp.take_along_axis(segments.positions, first, axis=1)[:, 0] != 0
+    return goes_on | ~jnp.any(real, axis=1)
+
+
+def document_numbers(segments: Segments) -> Int[Array, "b t"]:
+    """What kernels tell documents apart by: 0 at padding, else 1 + the number of documents that began in the row.
+
+    Positions say where a document begins; an id may come back.
+    """
+    real = segments.ids != 0
+    return jnp.where(real, 1 + jnp.cumsum(real & (segments.positions == 0), axis=1, dtype=jnp.int32), 0)

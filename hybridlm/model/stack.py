@@ -104,7 +104,9 @@ class Stack(nnx.Module):
         x, carry = run_part("prologue", x, carry)
         if self.num_repeats:
             states = None if state is None else state["repeats"]
-            (x, carry), (new_state["repeats"], reported) = jax.lax.scan(repeat, (x, carry), (self.repeats, states))
+            (x, carry), (new_state["repeats"], reported) = jax.lax.scan(
+                repeat, (x, carry), (self.repeats, states), unroll=self.cfg.scan_unroll
+            )
             auxes.extend((jax.tree.map(lambda v: jnp.sum(v, axis=0), aux), self.num_repeats) for aux in reported)
         x, carry = run_part("tail", x, carry)
         x, carry = run_part("epilogue", x, carry)

@@ -1,6 +1,9 @@
 """Checkpoints with Orbax: training state, data position and config, committed together or not at all."""
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory
+        logging.getLogger("absl").addFilter(_holds_no_stack)
         set_aside_incomplete(directory)
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(),
@@ -28,12 +32,17 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         )
         self._saving: Any = None
+        self._step: int | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._checkpointer.close()
+        # Orbax raises a failed save once more here, in the way of the error that is being raised.
+        passed_over = contextlib.nullcontext() if exception[0] is None else contextlib.suppress(OSError, ValueError)
+        with passed_over:
+            self.wait()
+            self._checkpointer.close()
 
     def latest_step(self) -> int | None:
         latest = self._checkpointer.latest
@@ -45,13 +54,26 @@ class Checkpoints:
         if self.latest_step() == step:
             return
         parts = {"state": state, "data": data, "config": config | {"format": FORMAT}}
-        self._saving = self._checkpointer.save_checkpointables_async(step, parts)
+        self._step = step
+        with self._telling_failures():
+            self._saving = self._checkpointer.save_checkpointables_async(step, parts)
 
     def wait(self) -> None:
-        """Wait for the save in progress, and raise what went wrong in it."""
+        """Wait for the save in progress. Raises OSError where it failed, as on a full disk."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
-            saving.result()
+            with self._telling_failures():
+                saving.result()
+
+    @contextlib.contextmanager
+    def _telling_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError for what the file system refuses
+            reason = str(error).partition("\n")[0]
+            latest = self.latest_step()
+            whole = "there is none before it" if latest is None else f"that of step {latest} is whole"
+            raise OSError(f"the checkpoint of step {self._step} could not be saved; {whole}: {reason}") from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state, laid out like `abstract` (shapes, dtypes and shardings), and its data position."""
@@ -60,13 +82,25 @@ class Checkpoints:
         return loaded["state"], loaded["data"]
 
     def restore_params(self, abstract: Any) -> Any:
-        """The latest parameters alone."""
+        """The latest parameters alone. Raises ConfigError where their names or shapes are not those of `abstract`."""
         step = self.latest_step()
         if step is None:
             raise ConfigError(str(self.directory), ": holds no complete checkpoint; train first")
+        path = self.directory.absolute() / str(step)
         with _context(partial=True):
-            loaded = ocp.load(self.directory.absolute() / str(step), {"params": abstract}, checkpointable_name="state")
-        return loaded["params"]
+            stored = _shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"])
+            for name, shape in _shapes(abstract).items():
+                if stored.get(name) != shape:
+                    has = f"has {name} of shape {stored[name]}" if name in stored else f"has no {name}"
+                    raise ConfigError(
+                        str(path), f": {has}, not {shape} as the config asks for; leave the run's model.* as they are"
+                    )
+            return ocp.load(path, {"params": abstract}, checkpointable_name="state")["params"]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in leaves}
 
 
 def set_aside_incomplete(directory: Path) -> None:
@@ -74,9 +108,14 @@ def set_aside_incomplete(directory: Path) -> None:
     if jax.process_index() != 0 or not directory.is_dir():
         return
     for path in directory.iterdir():
-        if path.name.isdigit() and not all((path / part).exists() for part in PARTS):
+        if path.name.isdigit() and not is_complete(path):
             os.replace(path, path.with_name(f"incomplete.{path.name}"))
             print(f"{path} is incomplete; it is set aside as incomplete.{path.name}", flush=True)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether `path` is a checkpoint that was committed."""
+    return path.name.isdigit() and all((path / part).exists() for part in PARTS)
 
 
 def abstract_state(init: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -87,6 +126,11 @@ def abstract_state(init: Any, mesh: jax.sharding.Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(leaf, jax.eval_shape(init))
+
+
+def _holds_no_stack(record: logging.LogRecord) -> bool:
+    """Orbax logs the stacks of all threads that an error passes through, and then raises it: once is enough."""
+    return not record.exc_info
 
 
 def _context(partial: bool = False) -> ocp.Context:

@@ -15,6 +15,7 @@ import jax
 from hybridlm import config_io
 from hybridlm.config import Config
 from hybridlm.config_check import ConfigError
+from hybridlm.train.checkpoint import is_complete
 
 # What a resumed run may change: nothing of it is in the state or in the order of the data.
 CHANGEABLE = (
@@ -34,7 +35,7 @@ def prepare(config: Config, directory: Path, *, fresh: bool) -> None:
     """Make `directory` ready for `config`, or raise ConfigError: it is not writable, holds a run that `fresh` forbids to
     go on with, or holds a run of another config.
     """
-    has_checkpoint = any((directory / "checkpoints").glob("[0-9]*"))
+    has_checkpoint = any(map(is_complete, (directory / "checkpoints").glob("*")))
     if has_checkpoint and fresh:
         raise ConfigError(str(directory), ": holds a checkpoint and --fresh refuses to resume; choose another --out")
     saved = directory / "config.json"
@@ -50,7 +51,6 @@ def prepare(config: Config, directory: Path, *, fresh: bool) -> None:
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            config_io.dump_json(config, saved)
             (directory / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(str(directory), f": cannot be written to: {error.strerror}; choose another --out") from None

@@ -35,7 +35,7 @@ def make_eval_step(bind: Callable[[Any], LM]) -> Callable[[Any, Batch], dict[str
 
 def evaluate(step: Callable[[Any, Batch], dict[str, Array]], params: Any, batches: Iterable[Batch]) -> dict[str, Any]:
     """`loss` in nats per token, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and `by_position`: the loss in buckets
-    of positions within the window that double in size (`[first, end, loss]`).
+    of positions within the window that double in size (`(first, end, loss)`).
     """
     # float64: float32 loses tokens beyond 16 million.
     nats = tokens = num_bytes = np.zeros((), np.float64)
@@ -55,12 +55,12 @@ def evaluate(step: Callable[[Any, Batch], dict[str, Array]], params: Any, batche
     }
 
 
-def position_buckets(nats: np.ndarray, tokens: np.ndarray) -> list[list[float]]:
+def position_buckets(nats: np.ndarray, tokens: np.ndarray) -> list[tuple[int, int, float]]:
     """Mean loss over positions [0, 16), [16, 32), [32, 64), ...; buckets without tokens are left out."""
     buckets, first, end = [], 0, 16
     while first < len(nats):
         count = tokens[first:end].sum()
         if count:
-            buckets.append([first, min(end, len(nats)), float(nats[first:end].sum() / count)])
+            buckets.append((first, min(end, len(nats)), float(nats[first:end].sum() / count)))
         first, end = end, 2 * end
     return buckets

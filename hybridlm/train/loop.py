@@ -64,6 +64,9 @@ def _run(
         if data["corpus"] != corpus.fingerprint:
             raise ConfigError("data", f": {directory} was trained on other text or with another tokenizer")
         batches.set_state(data["batches"])
+    if jax.process_index() == 0:
+        # Not before the checkpoint was found to fit: a run that is refused stays as it was.
+        config_io.dump_json(config, directory / "config.json")
     step = first_step = int(state.step)
 
     def evaluate_held_out() -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Where numbers of a run go: metrics.jsonl, TensorBoard events, and a line or a progress bar for people."""
 
 import json
+import math
 import os
 import sys
-import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -40,8 +41,13 @@ class JsonLines:
         os.replace(temporary, self.path)
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line. JSON has no NaN: a value that is not finite is written as null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 class RunLog:
@@ -56,7 +62,7 @@ class RunLog:
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         self._progress = Progress(first_step, total_steps)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,7 +113,7 @@ class Progress:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
-            eta = time.strftime("%H:%M:%S", time.gmtime((self._total - step) * record["step_time_s"]))
+            eta = timedelta(seconds=round((self._total - step) * record["step_time_s"]))
             print(f"step {step}/{self._total}  {values}  ETA {eta}", flush=True)
 
     def say(self, text: str) -> None:

@@ -1,7 +1,7 @@
 """Stopping on request: Ctrl-C and SIGTERM end the run after a step, saved, with an exit code that asks for a restart."""
 
+import os
 import signal
-import sys
 from types import FrameType
 from typing import Any
 
@@ -37,7 +37,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self._flag = True
         name = signal.Signals(number).name
-        print(f"\n{name}: saving after this step; once more quits without saving", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of one, whose buffer is locked.
+        os.write(2, f"\n{name}: saving after this step; once more quits without saving\n".encode())
 
     def at(self, step: int) -> bool:
         """Whether to stop after this step. Every process must ask at every step."""

@@ -115,7 +115,7 @@ def make_train_step(
             "bits_per_byte": sums["nats"] / jnp.maximum(sums["bytes"], 1.0) / jnp.log(2.0),
             "grad_norm": grad_norm,
             "lr": schedule(state.step - state.nonfinite_total),  # rejected steps do not advance it
-            "tokens": sums["tokens"],
+            "batch_tokens": sums["tokens"],
             "nonfinite_in_a_row": new_state.nonfinite_in_a_row,
             "nonfinite_total": new_state.nonfinite_total,
         }

@@ -1,0 +1,99 @@
+"""Eight fake CPU devices, a compilation cache for all runs, shapes checked at run time, a seed per test."""
+
+import os
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+from hybridlm.config import (
+    RGLRU,
+    AdamW,
+    Attention,
+    Block,
+    Checkpoint,
+    Config,
+    Cosine,
+    Data,
+    Eval,
+    GeGLU,
+    Model,
+    Train,
+)
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hybridlm-tests" / f"jax-{jax.__version__}"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+ARRAY_CODE = ("layers", "losses", "mixers", "ffns", "model", "train", "evaluation", "generate", "run")
+# Before their first import: annotated shapes and types are checked in every call. Config and kernels check their own
+# arguments, with errors that tests expect.
+install_import_hook([f"hybridlm.{name}" for name in ARRAY_CODE], "beartype.beartype")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name alone, not on the order of the tests."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine small text files of uneven lengths that a tiny model learns quickly."""
+    root = tmp_path_factory.mktemp("corpus")
+    words = np.random.default_rng(0)
+    for i in range(9):
+        sentences = words.choice(["the cat sat. ", "a dog ran. ", "one bird sang. "], size=40 + 7 * i)
+        (root / f"{i}.txt").write_text("".join(sentences))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(corpus: Path) -> Config:
+    """A run of seconds over every kind of mixer: 12 steps, a checkpoint each 4."""
+    ffn = GeGLU(hidden=32)
+    pattern = (
+        Block(mixer=RGLRU(width=16, num_heads=2), ffn=ffn),
+        Block(mixer=Attention(num_heads=2, num_kv_heads=1, window=8, rope_fraction=0.5), ffn=ffn),
+        Block(mixer=Attention(num_heads=2, num_kv_heads=2), ffn=None),
+    )
+    return Config(
+        model=Model(vocab_size=264, width=16, num_layers=3, pattern=pattern),
+        data=Data(source="text", path=str(corpus), seq_len=32, validation_fraction=0.2),
+        optimizer=AdamW(peak_lr=1e-2, schedule=Cosine(warmup_steps=3)),
+        train=Train(steps=12, batch_size=8, log_every=1),
+        eval=Eval(every=6, batches=2),
+        checkpoint=Checkpoint(every=4, keep=3),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of `tiny_config`'s finished run. Copy it to change it."""
+    from hybridlm.train.loop import train
+
+    directory = tmp_path_factory.mktemp("runs") / "trained"
+    assert train(tiny_config, directory) == 0
+    return directory
+
+
+@pytest.fixture(scope="session")
+def process_environment() -> dict[str, str]:
+    """For subprocesses: this checkout's packages, the CPU with as many devices as here, the same compilation cache."""
+    root = Path(__file__).parent.parent
+    return os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }

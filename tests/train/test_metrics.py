@@ -1,0 +1,86 @@
+"""What a run tells: lines in a file where there is no terminal, JSON lines, TensorBoard events."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from hybridlm.train.metrics import JsonLines, Progress, RunLog
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    values = {"loss": 2.5, "bits_per_byte": 3.607, "tokens_per_second": 12345.6, "mfu": 0.4567, "step_time_s": 60.0}
+    return {"step": step, "tokens": step * 100} | values | more
+
+
+def test_without_a_terminal_each_record_is_one_whole_line(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(0, 3000)
+    progress.show(record(10))
+    progress.show(record(2940))
+    progress.close()
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == (
+        "step 10/3000  loss 2.5000  bits/byte 3.607  12,346 tokens/s  MFU 45.7%  ETA 2 days, 1:50:00\n"
+        "step 2940/3000  loss 2.5000  bits/byte 3.607  12,346 tokens/s  MFU 45.7%  ETA 1:00:00\n"
+    )
+
+
+def test_on_a_terminal_a_bar_shows_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = Progress(5, 20)
+    progress.show(record(10))
+    progress.say("a line above the bar")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == "a line above the bar\n"
+    assert "10/20" in err
+    assert "loss 2.5000" in err
+
+
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.5}\n'
+
+
+def test_lines_after_a_step_are_dropped(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3, 4):
+        lines.append({"step": step})
+    with lines.path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    lines.keep_until(2)
+    lines.append({"step": 3})
+    assert [json.loads(line)["step"] for line in lines.path.read_text().splitlines()] == [1, 2, 3]
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by tag, from the TFRecord file: length, its checksum, an Event, its checksum."""
+    (path,) = directory.iterdir()
+    data, found = path.read_bytes(), {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        data = data[12 + length + 4 :]
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_tensorboard_events_hold_every_number(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0, 20) as log:
+        log.train(record(10))
+        log.train(record(20, loss=1.5))
+        log.eval({"step": 20, "loss": 1.75, "perplexity": 5.75, "bits_per_byte": 2.5, "tokens": 7, "by_position": []})
+        assert log.evaluated(20)
+        assert not log.evaluated(10)
+    events = scalars(tmp_path / "tensorboard")
+    assert {"train/tokens_per_second", "train/mfu", "train/tokens", "eval/bits_per_byte"} <= set(events)
+    assert events["train/loss"] == [(10, 2.5), (20, 1.5)]
+    assert events["eval/loss"] == [(20, 1.75)]
