@@ -9,13 +9,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hybridlm import config_io
-from hybridlm.config import Config
+from hybridlm.config import FFN, Config, Mixer, Optimizer, Schedule
 from hybridlm.config_check import ConfigError, suggestion
 
 
@@ -70,7 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(command=function)
         sub.add_argument(
-            "--import", dest="imports", metavar="MODULE", action="append", default=[], help="a module with blocks of your own"
+            "--import",
+            dest="imports",
+            metavar="MODULE",
+            action="append",
+            default=[],
+            help="a module with blocks of your own",
         )
         return sub
 
@@ -82,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command("eval", evaluate, "loss, perplexity and bits per byte of a run on held-out text")
     sub.add_argument("run", type=Path, help="run directory")
-    sub.add_argument("--data", metavar="SPEC", help="python-stdlib, or a text or .jsonl file or directory (all of it is used)")
+    sub.add_argument("--data", metavar="SPEC", help="python-stdlib, or a text or .jsonl file or directory: all of it")
     sub.add_argument("--context", type=int, metavar="N", help="window in tokens (default: data.seq_len)")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
 
@@ -145,6 +150,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
         config = replace(config, data=replace(config.data, seq_len=args.context))
     if args.json is not None and not args.json.parent.is_dir():
         raise ConfigError(f"--json {args.json}", f": no directory {args.json.parent}; make it first")
+    if args.json is not None and args.json.is_dir():
+        raise ConfigError(f"--json {args.json}", ": is a directory; name a file in it")
 
     from hybridlm.evaluation.perplexity import evaluate_run
 
@@ -188,9 +195,21 @@ def show(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.json:
         print(json.dumps(config_io.to_dict(config), indent=2))
     else:
-        for path, value in config_io.leaves(config):
-            print(f"{path}={value}")
+        for line in outline(config, ""):
+            print(line)
     return 0
+
+
+def outline(value: Any, path: str) -> Iterator[str]:
+    """`path=value` of every field, and `path: Class` above the fields of what may be of several classes."""
+    parts = config_io.children(value)
+    if parts is None or parts == {}:
+        yield f"{path}={config_io.as_text(value)}"
+        return
+    if isinstance(value, Mixer | FFN | Optimizer | Schedule):
+        yield f"{path}: {type(value).__name__}"
+    for name, part in parts.items():
+        yield from outline(part, config_io.join(path, name))
 
 
 def list_names(args: argparse.Namespace, overrides: list[str]) -> int:

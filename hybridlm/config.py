@@ -138,9 +138,6 @@ class Model(Node):
     remat: Literal["none", "full", "dots", "block_outputs"] = "none"
     """What the backward pass recomputes in a block: nothing, all, all but matmuls, all but mixer and FFN outputs."""
 
-    scan_unroll: PositiveInt = 1
-    """Repeats of the pattern per step of the layer scan: more compile longer and copy fewer saved activations."""
-
     def check(self) -> None:
         if not self.pattern:
             raise ConfigError("pattern", ": must hold at least one Block")

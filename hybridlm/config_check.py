@@ -37,11 +37,11 @@ class Range:
         if not math.isfinite(value):
             return "must be finite"
         if self.above and value <= self.low:
-            return f"must be above {self.low:g}"
+            return f"must be above {self.low}"
         if value < self.low:
-            return f"must be at least {self.low:g}"
+            return f"must be at least {self.low}"
         if value > self.high:
-            return f"must be at most {self.high:g}"
+            return f"must be at most {self.high}"
         return None
 
 

@@ -143,15 +143,16 @@ def load_json(path: str | os.PathLike[str]) -> Config:
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of everything that is not itself made of fields or elements."""
-    children = _children(config)
-    if children is None:
+    parts = children(config)
+    if parts is None:
         yield path, config
         return
-    for name, child in children.items():
+    for name, child in parts.items():
         yield from leaves(child, join(path, name))
 
 
-def _children(value: Any) -> dict[str, Any] | None:
+def children(value: Any) -> dict[str, Any] | None:
+    """The fields of a node or the elements of a tuple, by name; None for a plain value."""
     if isinstance(value, Node):
         return {name: getattr(value, name) for name in field_types(type(value))}
     return {str(i): item for i, item in enumerate(value)} if isinstance(value, tuple) else None
@@ -161,20 +162,20 @@ def diff(a: Any, b: Any, path: str = "") -> list[str]:
     """One line for every field that differs: `model.num_layers: 25 -> 12`. A node of another class is one line."""
     if a == b:
         return []
-    old, new = _children(a), _children(b)
+    old, new = children(a), children(b)
     if old is None or new is None or type(a) is not type(b):
-        return [f"{path}: {_text(a)} -> {_text(b)}"]
+        return [f"{path}: {as_text(a)} -> {as_text(b)}"]
     lines = []
     for name in {**old, **new}:
         if name in old and name in new:
             lines += diff(old[name], new[name], join(path, name))
         else:
-            before, after = (_text(side[name]) if name in side else "absent" for side in (old, new))
+            before, after = (as_text(side[name]) if name in side else "absent" for side in (old, new))
             lines.append(f"{join(path, name)}: {before} -> {after}")
     return lines
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """As the command line spells it."""
     match value:
         case None | bool():
@@ -182,7 +183,7 @@ def _text(value: Any) -> str:
         case Node():
             return type(value).__name__
         case tuple():
-            return f"({', '.join(map(_text, value))})"
+            return f"({', '.join(map(as_text, value))})"
     return str(value)
 
 
@@ -204,14 +205,14 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
 def _assign(config: Config, data: Any, parts: Sequence[str], text: str) -> None:
     value, hint, where = config, Any, ""
     for depth, part in enumerate(parts):
-        children = _children(value)
-        if children is None:
-            what = "none" if value is None else f"the value {_text(value)}"
+        known = children(value)
+        if known is None:
+            what = "none" if value is None else f"the value {as_text(value)}"
             raise ConfigError(".".join(parts), f": no such field, {where} is {what}")
-        if part not in children:
-            raise ConfigError(join(where, part), _no_such_child(config, value, children, parts[depth:]))
+        if part not in known:
+            raise ConfigError(join(where, part), _no_such_child(config, value, known, parts[depth:]))
         hint = field_types(type(value))[part] if isinstance(value, Node) else _item_hint(hint)
-        value, where = children[part], join(where, part)
+        value, where = known[part], join(where, part)
         key: Any = int(part) if isinstance(data, list) else part
         if depth < len(parts) - 1:
             data = data[key]
@@ -219,17 +220,15 @@ def _assign(config: Config, data: Any, parts: Sequence[str], text: str) -> None:
             data[key] = _parse(text, hint, where, value)
 
 
-def _no_such_child(config: Config, value: Any, children: dict[str, Any], parts: Sequence[str]) -> str:
+def _no_such_child(config: Config, value: Any, known: dict[str, Any], parts: Sequence[str]) -> str:
     if isinstance(value, tuple):
         return f": no such element; there are {len(value)}, counted from 0"
-    if close := suggestion(parts[0], children):
+    if close := suggestion(parts[0], known):
         return f": no such field{close}"
     wanted = "." + ".".join(parts)
     elsewhere = next((path for path, _ in leaves(config) if path.endswith(wanted)), None)
     return (
-        f": no such field; did you mean {elsewhere}?"
-        if elsewhere
-        else f": no such field; known are {', '.join(children)}"
+        f": no such field; did you mean {elsewhere}?" if elsewhere else f": no such field; known are {', '.join(known)}"
     )
 
 

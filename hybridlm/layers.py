@@ -23,8 +23,8 @@ def fan_in_normal(scale: float, in_axis: int | tuple[int, ...] = 0) -> jax.nn.in
 def merge_tokens(x: Shaped[Array, "b t *rest"]) -> Shaped[Array, "bt *rest"]:
     """[b, t, ...] -> [b t, ...], the shape in which projections and what is elementwise between them are computed.
 
-    XLA on CPU flattens the operands of a matmul anyway, and elementwise work fused with that reshape does not vectorise:
-    the backward pass of a gated MLP takes 2.5 times as long in three dimensions.
+    XLA on CPU flattens the operands of a matmul anyway, and elementwise work fused with that reshape does not
+    vectorise: the backward pass of a gated MLP takes 2.5 times as long in three dimensions.
     """
     return x.reshape(-1, *x.shape[2:])
 
@@ -40,9 +40,7 @@ def split_tokens(x: Shaped[Array, "bt *rest"], batch: int) -> Shaped[Array, "b t
 class Linear(nnx.Module):
     """y = x W (+ b) in x's dtype."""
 
-    def __init__(
-        self, rngs: nnx.Rngs, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, scale: float = 1.0
-    ):
+    def __init__(self, rngs: nnx.Rngs, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, scale: float = 1.0):
         self.w = param(rngs, (d_in, d_out), axes, fan_in_normal(scale))
         # The residual stream is not sharded over its width, whatever the weight is.
         self.out_axis = None if axes[1] == "embed" else axes[1]

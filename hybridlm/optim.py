@@ -27,7 +27,8 @@ def make_schedule(optimizer: config.Optimizer, steps: int) -> Callable[[Any], An
     if min(decay, stable) < 0 or decay == 0:
         raise ConfigError(
             "optimizer.schedule",
-            f": warm-up and decay need more than the train.steps={steps} there are; lower warmup_steps={schedule.warmup_steps}",
+            f".warmup_steps={schedule.warmup_steps}: warm-up and decay do not fit into train.steps={steps}; "
+            f"lower it, as in --optimizer.schedule.warmup_steps={steps // 10}",
         )
     # The first step already moves: (step + 1) / warmup_steps of the peak.
     warmup = optax.linear_schedule(peak / max(schedule.warmup_steps, 1), peak, max(schedule.warmup_steps - 1, 1))

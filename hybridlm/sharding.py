@@ -1,7 +1,7 @@
 """Device mesh from config, logical axis rules, and parameters that are born sharded.
 
 Modules name the axes of their arrays logically (`("embed", "mlp")`); this file alone says which mesh axes those are.
-Explicit sharding is used throughout: the sharding is part of an array's type, and an ambiguous layout fails when traced.
+Explicit sharding is used throughout: it is part of an array's type, and an ambiguous layout fails when traced.
 """
 
 import math

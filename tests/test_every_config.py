@@ -1,11 +1,17 @@
 """Every recipe of configs/ loads, survives JSON, and is described where a reader looks for it."""
 
+import math
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
-from hybridlm.config import Config
+from hybridlm.config import Config, Mesh
 from hybridlm.config_io import dump_json, from_dict, list_recipes, load_config, load_json, recipes_directory, to_dict
+from hybridlm.model import build
+from hybridlm.sharding import make_mesh
 
 RECIPES = {name: (line, config) for name, line, config in list_recipes()}
 FAMILIES = [
@@ -33,9 +39,39 @@ def test_docstring_says_what_it_is_and_how_to_run_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_index_has_a_row_with_the_command(name: str) -> None:
-    rows = [r for r in (recipes_directory() / "README.md").read_text(encoding="utf-8").splitlines() if f"[{name}]" in r]
-    assert len(rows) == 1
-    assert f"`hybridlm train {name}" in rows[0]
+    assert f"`hybridlm train {name}" in index_row(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_index_gives_the_number_of_parameters(name: str) -> None:
+    number, unit = index_row(name).split("|")[2].split()
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(load_config(name))))
+    exact = Decimal(count) / {"M": 10**6, "B": 10**9}[unit]
+    assert exact.quantize(Decimal(number)) == Decimal(number)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_parameters_divide_by_a_mesh_of_eight_devices(name: str, shape: tuple[int, int, int]) -> None:
+    config = load_config(name)
+    data, fsdp, tensor = shape
+    with jax.set_mesh(make_mesh(Mesh(data=data, fsdp=fsdp, tensor=tensor))):
+        params = abstract_params(config)
+    whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    part = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))
+    # Norms and what runs along one of two axes are copied; nothing that counts is.
+    assert part < 1.3 * whole / (fsdp * tensor)
+
+
+def index_row(name: str) -> str:
+    index = (recipes_directory() / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in index.splitlines() if f"[{name}]" in line]
+    return row
+
+
+def abstract_params(config: Config) -> Any:
+    init, _ = build(config.model, config.kernels)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])

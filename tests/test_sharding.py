@@ -189,7 +189,7 @@ def test_every_mesh_gives_the_single_device_loss(name: str, shape: tuple[int, in
 
 
 def gathered_shapes(hlo: str) -> list[tuple[int, ...]]:
-    """The result shapes of every all-gather in a compiled program."""
+    """Shapes of the floating arrays that a compiled program gathers. Token ids go to where their embeddings are."""
     lines = [line for line in hlo.splitlines() if re.search(r" all-gather(-start)?\(", line)]
-    shapes = [shape for line in lines for shape in re.findall(r"[a-z]+\d+\[([\d,]+)\]", line.split(" all-gather")[0])]
+    shapes = [shape for line in lines for shape in re.findall(r"\bb?f\d+\[([\d,]+)\]", line.split(" all-gather")[0])]
     return [tuple(map(int, shape.split(","))) for shape in shapes]

@@ -167,7 +167,7 @@ class StepRows:
 def evaluation_batches(
     windows: Windows, *, batch_size: int, sharding: NamedSharding | None, limit: int | None
 ) -> Iterator[Batch]:
-    """The windows in order, the last batch filled up with rows of padding; or `limit` batches spread evenly over them."""
+    """The windows in order, or `limit` batches spread evenly over them; the last batch is filled up with padding."""
     rows = local_rows(sharding, batch_size, windows.seq_len)
     wanted = len(windows) if limit is None else min(len(windows), limit * batch_size)
     chosen = np.arange(wanted) * len(windows) // wanted

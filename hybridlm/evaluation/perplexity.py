@@ -27,9 +27,8 @@ def evaluate_run(cfg: config.Config, run_dir: Path, *, data_spec: str | None) ->
     init, bind = build(cfg.model, cfg.kernels)
     with jax.set_mesh(mesh), Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep) as checkpoints:
         params = checkpoints.restore_params(abstract_state(lambda: init(jax.random.key(0)), mesh))
-        batches = evaluation_batches(
-            corpus.validation, batch_size=cfg.train.batch_size, sharding=jax.NamedSharding(mesh, spec("batch")), limit=None
-        )
+        rows = jax.NamedSharding(mesh, spec("batch"))
+        batches = evaluation_batches(corpus.validation, batch_size=cfg.train.batch_size, sharding=rows, limit=None)
         report = {"step": checkpoints.latest_step()} | evaluate(make_eval_step(bind), params, batches)
     report |= baselines(corpus.validation_bytes())
     print(f"data             {corpus.description}")

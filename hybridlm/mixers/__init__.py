@@ -11,7 +11,10 @@ register = MIXERS.register
 register(
     config.RGLRU,
     RGLRU,
-    examples=(config.RGLRU(width=24, num_heads=2), config.RGLRU(width=24, num_heads=2, init="recurrentgemma", bias=True)),
+    examples=(
+        config.RGLRU(width=24, num_heads=2),
+        config.RGLRU(width=24, num_heads=2, init="recurrentgemma", bias=True),
+    ),
 )
 register(
     config.Attention,

@@ -7,6 +7,8 @@ logit soft cap, which it lacks.
 Letters: b batch, t time, h query heads, g key-value heads, k head dim, s keys.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -120,7 +122,7 @@ def splash_attention(
         ),
         interpret=interpret,
     )
-    o = jax.vmap(kernel)(q, k, v, splash.SegmentIds(first, first))
+    o: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(first, first))
     return jnp.swapaxes(o, 1, 2)[:, :t, :, :head_dim].astype(v.dtype)
 
 
@@ -183,5 +185,7 @@ def attend_cached(
     kept = real & (order >= count[:, None] - slots)
     slot = jnp.where(kept, order % slots, slots)
     rows = jnp.arange(q.shape[0])[:, None]
-    updated = {name: state[name].at[rows, slot].set(x.astype(state[name].dtype), mode="drop") for name, x in new.items()}
+    updated = {
+        name: state[name].at[rows, slot].set(x.astype(state[name].dtype), mode="drop") for name, x in new.items()
+    }
     return o, {**updated, "count": count}

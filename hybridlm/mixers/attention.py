@@ -4,6 +4,7 @@ Letters: b batch, t time, d model width, h query heads, g key-value heads, k hea
 """
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -48,9 +49,10 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rope(q, segments.positions, fraction=cfg.rope_fraction, theta=cfg.rope_theta)
         k = rope(k, segments.positions, fraction=cfg.rope_fraction, theta=cfg.rope_theta)
-        rows, heads = ("batch", None), ("batch", None, "heads", None)
+        rows: Any = ("batch", None)
+        heads = ("batch", None, "heads", None)
         kv = ("batch", None, self.kv_axis, None)
-        options = {"window": cfg.window, "soft_cap": cfg.logit_soft_cap}
+        options: Any = {"window": cfg.window, "soft_cap": cfg.logit_soft_cap}
         if state is None:
             local = per_device(partial(attend, **options), (heads, kv, kv, Segments(rows, rows)), heads)
             o = local(q, k, v, segments)
@@ -71,7 +73,9 @@ class Attention(nnx.Module):
 
     def init_state(self, batch: int, length: int) -> State:
         slots = length if self.cfg.window is None else min(self.cfg.window, length)
-        kv = jnp.zeros((batch, slots, self.cfg.num_kv_heads, head_dim(self.cfg, self.context.width)), self.context.dtype)
+        kv = jnp.zeros(
+            (batch, slots, self.cfg.num_kv_heads, head_dim(self.cfg, self.context.width)), self.context.dtype
+        )
         empty = constrain(jnp.full((batch, slots), -1, jnp.int32), "batch", None)
         return {
             "k": constrain(kv, "batch", None, self.kv_axis, None),

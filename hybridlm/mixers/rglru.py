@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from hybridlm_kernels import linear_scan, short_conv
 from jaxtyping import Array, Bool, Float, Key
 
 from hybridlm import config
-from hybridlm.mixers.base import Carry, Context, Segments, State, continues, document_numbers
 from hybridlm.layers import Linear, fan_in_normal, merge_tokens, split_tokens
+from hybridlm.mixers.base import Carry, Context, Segments, State, continues, document_numbers
 from hybridlm.sharding import constrain, param
-from hybridlm_kernels import linear_scan, short_conv
 
 DECAY_SCALE = 8.0
 """c of the paper: log a_t = -c softplus(L) r_t."""
@@ -31,7 +31,9 @@ class RGLRU(nnx.Module):
         self.cfg, self.context = cfg, context
         self.in_x = Linear(rngs, d, e, ("embed", "lru"), bias=cfg.bias)
         self.in_y = Linear(rngs, d, e, ("embed", "lru"), bias=cfg.bias)
-        self.w_conv = param(rngs, (cfg.conv_width, e), (None, "lru"), nnx.initializers.normal(0.1 / cfg.conv_width**0.5))
+        self.w_conv = param(
+            rngs, (cfg.conv_width, e), (None, "lru"), nnx.initializers.normal(0.1 / cfg.conv_width**0.5)
+        )
         self.b_conv = param(rngs, (e,), ("lru",), nnx.initializers.zeros)
         self.w_gate_a = param(rngs, (h, e // h, e // h), ("lru", None, None), fan_in_normal(1.0, in_axis=1))
         self.b_gate_a = param(rngs, (h, e // h), ("lru", None), nnx.initializers.zeros)
@@ -45,13 +47,17 @@ class RGLRU(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], State | None, Carry]:
         batch, tokens = x.shape[0], merge_tokens(x)
         y = jax.nn.gelu(self.in_y(tokens))
-        keep = None if state is None else continues(segments)
+        h0 = conv0 = None
+        if state is not None:
+            keep = continues(segments)
+            h0 = jnp.where(keep[:, None], state["h"], 0.0)
+            conv0 = jnp.where(keep[:, None, None], state["conv"], 0.0)
         documents = document_numbers(segments)
         u, conv = short_conv(
             split_tokens(self.in_x(tokens), batch),
             self.w_conv[...],
             bias=self.b_conv[...],
-            state=None if state is None else jnp.where(keep[:, None, None], state["conv"], 0.0),
+            state=conv0,
             segment_ids=documents,
             impl=self.context.kernels.short_conv,
         )
@@ -63,7 +69,7 @@ class RGLRU(nnx.Module):
         h, h_last = linear_scan(
             split_tokens(a, batch),
             split_tokens(gain * (i * u), batch),
-            h0=None if state is None else jnp.where(keep[:, None], state["h"], 0.0),
+            h0=h0,
             segment_ids=documents,
             impl=self.context.kernels.linear_scan,
         )

@@ -13,7 +13,9 @@ from hybridlm.model.lm import LM
 Params = dict[str, Any]
 
 
-def build(model: config.Model, kernels: config.Kernels) -> tuple[Callable[[Key[Array, ""]], Params], Callable[[Params], LM]]:
+def build(
+    model: config.Model, kernels: config.Kernels
+) -> tuple[Callable[[Key[Array, ""]], Params], Callable[[Params], LM]]:
     """`init(key) -> params` (call it under jit) and `bind(params) -> LM`, on the mesh in scope."""
 
     def make(key: Key[Array, ""]) -> LM:

@@ -19,7 +19,7 @@ from hybridlm.model.stack import Stack
 from hybridlm.sharding import constrain, out_sharding, param
 
 LMState = dict[str, Any]
-"""`stack`: the mixers' states; `id` and `position` [b] int32: the last real token's document id, and the next position."""
+"""`stack`: the mixers' states; `id`, `position` [b] int32: the document of the last real token, the next position."""
 
 
 class LM(nnx.Module):
@@ -86,9 +86,7 @@ def make_context(cfg: config.Model, kernels: config.Kernels) -> Context:
     """`dtype="auto"` is bfloat16, on CPU float32."""
     auto = "float32" if target_platform() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if cfg.dtype == "auto" else cfg.dtype)
-    return Context(
-        width=cfg.width, num_layers=cfg.num_layers, norm_eps=cfg.norm_eps, dtype=dtype, kernels=kernels
-    )
+    return Context(width=cfg.width, num_layers=cfg.num_layers, norm_eps=cfg.norm_eps, dtype=dtype, kernels=kernels)
 
 
 def continue_documents(segments: Segments, state: LMState) -> Segments:

@@ -57,9 +57,7 @@ class Stack(nnx.Module):
 
     def __init__(self, cfg: config.Model, context: Context, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.num_repeats, tail = divmod(
-            cfg.num_layers - len(cfg.prologue) - len(cfg.epilogue), len(cfg.pattern)
-        )
+        self.num_repeats, tail = divmod(cfg.num_layers - len(cfg.prologue) - len(cfg.epilogue), len(cfg.pattern))
 
         def blocks(part: tuple[config.Block, ...], rngs: nnx.Rngs) -> nnx.List:
             return nnx.List([Block(block, context, rngs) for block in part])
@@ -104,9 +102,7 @@ class Stack(nnx.Module):
         x, carry = run_part("prologue", x, carry)
         if self.num_repeats:
             states = None if state is None else state["repeats"]
-            (x, carry), (new_state["repeats"], reported) = jax.lax.scan(
-                repeat, (x, carry), (self.repeats, states), unroll=self.cfg.scan_unroll
-            )
+            (x, carry), (new_state["repeats"], reported) = jax.lax.scan(repeat, (x, carry), (self.repeats, states))
             auxes.extend((jax.tree.map(lambda v: jnp.sum(v, axis=0), aux), self.num_repeats) for aux in reported)
         x, carry = run_part("tail", x, carry)
         x, carry = run_part("epilogue", x, carry)

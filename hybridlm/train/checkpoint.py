@@ -25,11 +25,12 @@ class Checkpoints:
         self.directory = directory
         logging.getLogger("absl").addFilter(_holds_no_stack)
         set_aside_incomplete(directory)
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+        training: Any = ocp.training  # whose annotations refuse its own policies
+        self._checkpointer = training.Checkpointer(
+            str(directory.absolute()),
             context=_context(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
         )
         self._saving: Any = None
         self._step: int | None = None
@@ -86,14 +87,14 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise ConfigError(str(self.directory), ": holds no complete checkpoint; train first")
-        path = self.directory.absolute() / str(step)
+        path = str(self.directory.absolute() / str(step))
         with _context(partial=True):
             stored = _shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"])
             for name, shape in _shapes(abstract).items():
                 if stored.get(name) != shape:
                     has = f"has {name} of shape {stored[name]}" if name in stored else f"has no {name}"
                     raise ConfigError(
-                        str(path), f": {has}, not {shape} as the config asks for; leave the run's model.* as they are"
+                        path, f": {has}, not {shape} as the config asks for; leave the run's model.* as they are"
                     )
             return ocp.load(path, {"params": abstract}, checkpointable_name="state")["params"]
 

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
@@ -32,8 +32,8 @@ CHANGEABLE = (
 
 
 def prepare(config: Config, directory: Path, *, fresh: bool) -> None:
-    """Make `directory` ready for `config`, or raise ConfigError: it is not writable, holds a run that `fresh` forbids to
-    go on with, or holds a run of another config.
+    """Make `directory` ready for `config`, or raise ConfigError: it is not writable, holds a run that `fresh` forbids
+    to go on with, or holds a run of another config.
     """
     has_checkpoint = any(map(is_complete, (directory / "checkpoints").glob("*")))
     if has_checkpoint and fresh:
@@ -63,8 +63,16 @@ def environment() -> dict[str, object]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: installed_version(name) for name in packages},
         "devices": [str(device.device_kind) for device in jax.devices()],
         "processes": jax.process_count(),
         "command": sys.argv,
     }
+
+
+def installed_version(package: str) -> str | None:
+    """None for a package that is only on the path, such as our own in a checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

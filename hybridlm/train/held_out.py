@@ -34,8 +34,8 @@ def make_eval_step(bind: Callable[[Any], LM]) -> Callable[[Any, Batch], dict[str
 
 
 def evaluate(step: Callable[[Any, Batch], dict[str, Array]], params: Any, batches: Iterable[Batch]) -> dict[str, Any]:
-    """`loss` in nats per token, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and `by_position`: the loss in buckets
-    of positions within the window that double in size (`(first, end, loss)`).
+    """`loss` in nats per token, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and `by_position`: the loss in
+    buckets of positions within the window that double in size (`(first, end, loss)`).
     """
     # float64: float32 loses tokens beyond 16 million.
     nats = tokens = num_bytes = np.zeros((), np.float64)

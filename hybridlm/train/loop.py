@@ -98,7 +98,8 @@ def _run(
             if pending is not None:
                 (logged, metrics), pending = pending, None
                 values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-                log.train({"step": logged, "tokens": logged * batch_size * config.data.seq_len} | values | clock.lap(logged))
+                tokens = logged * batch_size * config.data.seq_len
+                log.train({"step": logged, "tokens": tokens} | values | clock.lap(logged))
                 check_finite(logged, values, config.train.max_nonfinite_steps)
 
         while True:
@@ -134,7 +135,7 @@ def check_vocabulary(config: Config, corpus: Corpus) -> None:
     if config.model.vocab_size < needed:
         raise ConfigError(
             "model.vocab_size",
-            f"={config.model.vocab_size}: data.tokenizer={config.data.tokenizer!r} has {needed} tokens; at least that many",
+            f"={config.model.vocab_size}: data.tokenizer={config.data.tokenizer!r} has {needed} tokens; raise it",
         )
 
 
@@ -142,8 +143,8 @@ def check_finite(step: int, values: dict[str, Any], limit: int) -> None:
     """Raise FloatingPointError after `limit` rejected steps in a row."""
     if values["nonfinite_in_a_row"] >= limit:
         raise FloatingPointError(
-            f"step {step}: loss or gradient was not finite {values['nonfinite_in_a_row']} times in a row (none of these "
-            "steps changed the parameters); lower optimizer.peak_lr or clip_norm and go on from the latest checkpoint"
+            f"step {step}: loss or gradient was not finite {values['nonfinite_in_a_row']} times in a row (none of them "
+            "changed the parameters); lower optimizer.peak_lr or clip_norm and go on from the latest checkpoint"
         )
 
 

@@ -99,15 +99,15 @@ class Progress:
 
     def __init__(self, first_step: int, total_steps: int):
         self._total = total_steps
-        self._bar = (
-            tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
-        )
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def show(self, record: dict[str, Any]) -> None:
         step = record["step"]
         values = (
-            f"loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"MFU {record['mfu']:.1%}"
+            f"loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.1%}"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)

@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C and SIGTERM end the run after a step, saved, with an exit code that asks for a restart."""
+"""Stopping on request: Ctrl-C and SIGTERM end the run after a step, saved; the exit code asks for a restart."""
 
 import os
 import signal

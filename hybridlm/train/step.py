@@ -59,7 +59,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
     train: config.Train,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """`step(state, batch) -> (state, metrics)`. The state is donated.
 
     Gradients of the microbatches are weighted by their tokens, so that accumulation equals one large batch. A step

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from hybridlm.config import Attention, Config, Kernels, RGLRU
+
+from hybridlm.config import RGLRU, Attention, Config, Kernels
 from hybridlm.config_io import load_config, override
 from hybridlm.flops import blocks_of
 from hybridlm.model import build

@@ -73,12 +73,6 @@ def test_scan_equals_one_block_after_another(tokens: np.ndarray) -> None:
     assert distance(forward(MODEL, params, tokens), forward(flat_model, flat_params, tokens)) < FORWARD_TOLERANCE
 
 
-def test_unrolled_scan_equals_the_scan(tokens: np.ndarray) -> None:
-    params, _ = params_of(SMALL)
-    unrolled = replace(SMALL, scan_unroll=2)
-    assert distance(forward(unrolled, params, tokens), forward(SMALL, params, tokens)) < FORWARD_TOLERANCE
-
-
 @pytest.mark.parametrize("num_layers", [2, 3, 4, 5, 6])
 def test_every_depth_has_that_many_blocks(num_layers: int) -> None:
     """Two fixed blocks around a pattern of two: nothing, a part, one repeat, and more."""

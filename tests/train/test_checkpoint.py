@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hybridlm
 from hybridlm.config import Config
 from hybridlm.config_check import ConfigError
 from hybridlm.model import build
@@ -132,3 +133,5 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_whole(
     assert not is_complete(run / "checkpoints" / "8")
     with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
         assert checkpoints.latest_step() == 4
+    model, _, _ = hybridlm.load(run)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(model.params))

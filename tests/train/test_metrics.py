@@ -30,7 +30,9 @@ def test_without_a_terminal_each_record_is_one_whole_line(capsys: pytest.Capture
     )
 
 
-def test_on_a_terminal_a_bar_shows_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_terminal_a_bar_shows_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     progress = Progress(5, 20)
     progress.show(record(10))
