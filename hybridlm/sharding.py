@@ -100,8 +100,11 @@ def param(
     """
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and size % (parts := axis_size(axis)):
+            mesh_axes = " x ".join(RULES[axis])
             raise ConfigError(
-                "sharding.mesh", f": {axis!r} of size {size} must divide by {' x '.join(RULES[axis])} = {parts}"
+                "sharding.mesh",
+                f": {mesh_axes} = {parts} must divide every {axis!r} axis of the model, and one has size {size}; "
+                "choose a smaller mesh axis or another size",
             )
     value = init(rngs.params(), shape, jnp.float32)
     return nnx.Param(constrain(value, *axes))

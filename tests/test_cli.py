@@ -109,7 +109,7 @@ def test_a_mistake_is_told_before_jax_is_loaded(words: str, process_environment:
             ("--sharding.mesh.tensor=8",),
             (
                 "sharding.mesh: ",
-                "of size 2 must divide by tensor = 8",
+                "tensor = 8 must divide every 'lru' axis of the model, and one has size 2",
             ),
         ),
         (("--train.seed=4294967296",), ("train.seed=4294967296: must be at most 4294967295",)),

@@ -48,7 +48,9 @@ def test_no_warm_up_starts_at_the_peak(warmup_steps: int) -> None:
     ],
 )
 def test_schedule_that_does_not_fit_is_an_error(schedule: config.Schedule, steps: int) -> None:
-    with pytest.raises(ConfigError, match=rf"^optimizer.schedule: .*train.steps={steps}.*warmup_steps"):
+    with pytest.raises(
+        ConfigError, match=rf"^optimizer.schedule.warmup_steps=\d+: .* do not fit into train.steps={steps};"
+    ):
         make_schedule(config.AdamW(schedule=schedule), steps)
 
 

@@ -51,7 +51,7 @@ class JsonLines:
 
 
 class RunLog:
-    """Writes a run's metrics. Only process 0 should have one."""
+    """Writes a run's metrics, of one process."""
 
     def __init__(self, directory: Path, first_step: int, total_steps: int):
         self.metrics = JsonLines(directory / "metrics.jsonl")

@@ -84,18 +84,19 @@ def make_train_step(
             return gradient_sums(params, batch)
         # Rows i, i + m, ... make microbatch i: every device keeps its own rows.
         parts = {name: jnp.moveaxis(x.reshape(x.shape[0] // m, m, *x.shape[1:]), 1, 0) for name, x in batch.items()}
-        first = gradient_sums(params, {name: x[0] for name, x in parts.items()})
+        _, sums = jax.eval_shape(gradient_sums, params, {name: x[0] for name, x in parts.items()})
+        zeros = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient_sums(params, part)), None
 
-        return jax.lax.scan(add, first, {name: x[1:] for name, x in parts.items()})[0]
+        return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = accumulate(state.params, batch)
         tokens = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        loss, grad_norm = sums["nats"] / tokens, optax.global_norm(grads)
+        loss, grad_norm = sums["nats"] / tokens, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
