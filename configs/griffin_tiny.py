@@ -8,7 +8,7 @@ Bytes of the running Python's standard library; nothing is downloaded.
 from hybridlm.config import RGLRU, AdamW, Attention, Block, Config, Cosine, Data, Eval, GeGLU, Model, Train
 
 ffn = GeGLU(hidden=384)
-recurrent = Block(mixer=RGLRU(width=192, num_heads=4), ffn=ffn)
+recurrent = Block(mixer=RGLRU(width=192, num_heads=4, init="recurrentgemma"), ffn=ffn)
 local_attention = Block(
     mixer=Attention(num_heads=4, num_kv_heads=1, head_dim=32, window=128, rope_fraction=0.5),
     ffn=ffn,

@@ -11,6 +11,6 @@ from hybridlm.config import RGLRU, Block, GeGLU
 from hybridlm.config_io import load_config
 
 base = load_config("griffin_tiny")
-recurrent = Block(mixer=RGLRU(width=184, num_heads=4), ffn=GeGLU(hidden=352))
+recurrent = Block(mixer=RGLRU(width=184, num_heads=4, init="recurrentgemma"), ffn=GeGLU(hidden=352))
 
 config = replace(base, model=replace(base.model, pattern=(recurrent,)))

@@ -11,6 +11,6 @@ from hybridlm.config import RGLRU, Block
 from hybridlm.config_io import load_config
 
 base = load_config("shakespeare_char")
-block = Block(mixer=RGLRU(width=152, num_heads=8), ffn=base.model.pattern[0].ffn)
+block = Block(mixer=RGLRU(width=152, num_heads=8, init="recurrentgemma"), ffn=base.model.pattern[0].ffn)
 
 config = replace(base, model=replace(base.model, pattern=(block,)))

@@ -25,10 +25,12 @@ def make_schedule(optimizer: config.Optimizer, steps: int) -> Callable[[Any], An
         case _:
             raise ConfigError("optimizer.schedule", f": no schedule is known for {type(schedule).__name__}")
     if min(decay, stable) < 0 or decay == 0:
+        # The decay of a cosine is what the warm-up leaves, so there is always something to lower.
+        name = "decay_steps" if isinstance(schedule, config.WarmupStableDecay) and decay >= steps else "warmup_steps"
         raise ConfigError(
-            "optimizer.schedule",
-            f".warmup_steps={schedule.warmup_steps}: warm-up and decay do not fit into train.steps={steps}; "
-            f"lower it, as in --optimizer.schedule.warmup_steps={steps // 10}",
+            f"optimizer.schedule.{name}",
+            f"={getattr(schedule, name)}: warm-up and decay do not fit into train.steps={steps}; "
+            f"lower it, as in --optimizer.schedule.{name}={steps // 10}",
         )
     # The first step already moves: (step + 1) / warmup_steps of the peak.
     warmup = optax.linear_schedule(peak / max(schedule.warmup_steps, 1), peak, max(schedule.warmup_steps - 1, 1))

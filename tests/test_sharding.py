@@ -92,7 +92,10 @@ def test_batch_that_does_not_divide_is_an_error() -> None:
 def test_parameter_that_does_not_divide_is_an_error() -> None:
     with (
         jax.set_mesh(make_mesh(mesh_config((1, 2, 4)))),
-        pytest.raises(ConfigError, match=r"^sharding.mesh: tensor = 4 must divide every 'mlp' axis of the model, and one has size 6; "),
+        pytest.raises(
+            ConfigError,
+            match=r"^sharding.mesh: tensor = 4 must divide every 'mlp' axis of the model, and one has size 6; ",
+        ),
     ):
         param(nnx.Rngs(params=jax.random.key(0)), (4, 6), ("embed", "mlp"), nnx.initializers.zeros)
 

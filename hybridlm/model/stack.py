@@ -59,7 +59,7 @@ class Stack(nnx.Module):
         self.cfg = cfg
         self.num_repeats, tail = divmod(cfg.num_layers - len(cfg.prologue) - len(cfg.epilogue), len(cfg.pattern))
 
-        def blocks(part: tuple[config.Block, ...], rngs: nnx.Rngs) -> nnx.List:
+        def blocks(part: tuple[config.Block, ...], rngs: nnx.Rngs) -> Any:
             return nnx.List([Block(block, context, rngs) for block in part])
 
         self.prologue = blocks(cfg.prologue, rngs)

@@ -180,7 +180,7 @@ def test_root_has_a_bounded_slope() -> None:
 def test_heads_that_do_not_divide_by_the_mesh_are_an_error() -> None:
     with (
         jax.set_mesh(make_mesh(config.Mesh(data=2, tensor=4))),
-        pytest.raises(ConfigError, match="must divide by tens"),
+        pytest.raises(ConfigError, match="tensor = 4 must divide every 'lru' axis of the model, and one has size 2"),
     ):
         jax.eval_shape(lambda: RGLRU(config.RGLRU(width=24, num_heads=2), CONTEXT, nnx.Rngs(params=jax.random.key(0))))
 

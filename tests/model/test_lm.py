@@ -140,7 +140,7 @@ def test_state_over_calls_equals_the_whole(tokens: np.ndarray) -> None:
     cuts = (1, 11)  # a single token, and twice the same length
     params, bind = params_of(MODEL)
     step = jax.jit(lambda params, tokens, ids, state: bind(params)(tokens, ids, state))
-    state, parts = bind(params).init_state(B, T), []
+    state, parts = jax.jit(lambda params: bind(params).init_state(B, T))(params), []
     for first, last in zip((0, *cuts), (*cuts, T), strict=True):
         logits, state = step(params, tokens[:, first:last], IDS[:, first:last], state)
         parts.append(logits)
@@ -153,7 +153,7 @@ def test_state_over_calls_equals_the_whole(tokens: np.ndarray) -> None:
 def test_another_id_starts_a_document_in_a_used_state(tokens: np.ndarray) -> None:
     params, bind = params_of(SMALL)
     step = jax.jit(lambda params, tokens, ids, state: bind(params)(tokens, ids, state))
-    fresh = bind(params).init_state(B, 2 * T)
+    fresh = jax.jit(lambda params: bind(params).init_state(B, 2 * T))(params)
     _, used = step(params, tokens, np.ones((B, T), np.int32), fresh)
     other = np.full((B, T), 2, np.int32)
     got, _ = step(params, tokens[::-1], other, used)
