@@ -20,10 +20,10 @@ config = Config(
         width=128,
         num_layers=6,
         pattern=(recurrent, recurrent, local_attention),
-        remat="full",  # on a CPU recomputing is cheaper than writing activations down and reading them back
+        remat="block_outputs",  # on a CPU recomputing is cheaper than writing activations down and reading them back
     ),
     data=Data(source="python-stdlib", seq_len=256),
     optimizer=AdamW(peak_lr=3e-3, schedule=Cosine(warmup_steps=50)),
-    train=Train(steps=1500, batch_size=8, log_every=25),
-    eval=Eval(every=500, batches=25),
+    train=Train(steps=1800, batch_size=8, log_every=25),
+    eval=Eval(every=600, batches=25),
 )
