@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hybridlm import config_io
-from hybridlm.config import FFN, Config, Mixer, Optimizer, Schedule
+from hybridlm.config import FFN, Mixer, Optimizer, Schedule
 from hybridlm.config_check import ConfigError, suggestion
 
 
@@ -143,7 +143,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
-    config = run_config(args.run, overrides)
+    config = config_io.override(config_io.load_run_config(args.run), overrides)
     if args.context is not None:
         if args.context < 2:
             raise ConfigError("--context", f"={args.context}: must be at least 2")
@@ -162,7 +162,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def generate(args: argparse.Namespace, overrides: list[str]) -> int:
-    run_config(args.run, [])
+    config_io.load_run_config(args.run)
     if overrides:
         raise ConfigError(overrides[0], ": `hybridlm generate` takes the run's own config; leave it out")
     if args.max_new_tokens < 1:
@@ -232,15 +232,6 @@ def registered(what: str) -> list[type]:
     from hybridlm.optim import OPTIMIZERS
 
     return list({"mixers": MIXERS.entries, "ffns": FFNS.entries, "optimizers": OPTIMIZERS}[what])
-
-
-def run_config(run_dir: Path, overrides: list[str]) -> Config:
-    """A run's config with overrides, read without JAX."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        reason = "holds no config.json, so it is no run directory" if run_dir.is_dir() else "no such run directory"
-        raise ConfigError(str(run_dir), f": {reason}; `hybridlm train CONFIG --out {run_dir}` makes one")
-    return config_io.override(config_io.load_json(path), overrides)
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

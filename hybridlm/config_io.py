@@ -141,6 +141,15 @@ def load_json(path: str | os.PathLike[str]) -> Config:
         raise FileError(f"{path}: {error.path}", error.message) from None
 
 
+def load_run_config(run_dir: str | os.PathLike[str]) -> Config:
+    """The Config of a run directory. Raises ConfigError where it is none."""
+    path = Path(run_dir) / "config.json"
+    if not path.exists():
+        reason = "holds no config.json, so it is no run directory" if path.parent.is_dir() else "no such run directory"
+        raise ConfigError(str(run_dir), f": {reason}; `hybridlm train CONFIG --out {run_dir}` makes one")
+    return load_json(path)
+
+
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of everything that is not itself made of fields or elements."""
     parts = children(config)

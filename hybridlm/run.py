@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from hybridlm import config_io
 from hybridlm.config import Config
-from hybridlm.config_check import ConfigError
 from hybridlm.data.tokenizers import Tokenizer, load_tokenizer
 from hybridlm.model import Params, build
 from hybridlm.model.lm import LM, LMState
@@ -43,7 +42,7 @@ def load(run_dir: str | Path) -> tuple[Model, Tokenizer, Config]:
 
     Raises ConfigError where the directory holds no run or no complete checkpoint.
     """
-    config = load_config(Path(run_dir))
+    config = config_io.load_run_config(run_dir)
     init, bind = build(config.model, config.kernels)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
@@ -53,12 +52,3 @@ def load(run_dir: str | Path) -> tuple[Model, Tokenizer, Config]:
     with Checkpoints(Path(run_dir) / "checkpoints", config.checkpoint.keep) as checkpoints:
         params = checkpoints.restore_params(abstract)
     return Model(params, bind), load_tokenizer(config.data.tokenizer), config
-
-
-def load_config(run_dir: Path) -> Config:
-    """The config of a run. Raises ConfigError where `run_dir` is none."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        reason = "holds no config.json, so it is no run directory" if run_dir.is_dir() else "no such run directory"
-        raise ConfigError(str(run_dir), f": {reason}; `hybridlm train CONFIG --out {run_dir}` makes one")
-    return config_io.load_json(path)
