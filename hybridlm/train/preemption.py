@@ -10,6 +10,8 @@ from jax.experimental import multihost_utils
 
 EXIT_STOPPED = 75
 """Exit code of a run that saved and wants to be started again (EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Exit code after a second request, as of a process that SIGINT ended."""
 
 
 class StopRequest:
@@ -34,7 +36,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._flag:
-            raise KeyboardInterrupt
+            # Not KeyboardInterrupt: raised in a callback of the compiler or of the garbage collector it would be lost.
+            os.write(2, b"hybridlm: interrupted, not saved\n")
+            os._exit(EXIT_INTERRUPTED)
         self._flag = True
         name = signal.Signals(number).name
         # Not print: the signal may have come in the middle of one, whose buffer is locked.
