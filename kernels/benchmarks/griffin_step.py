@@ -5,8 +5,8 @@
 
 Same shapes, batch, loss and AdamW. The package rematerialises whole blocks or nothing: whole blocks under
 `--model.remat=full`, else nothing, whatever policy ours has. Steps of the two alternate; the best and the median of
-each are printed, with the ratio of the medians. The package unrolls its scan 128 times, which takes minutes to compile: a
-smaller `--model.num_layers=3` helps. Without the package the peer is our own model on the reference tier.
+each are printed, with the ratio of the medians. The package unrolls its scan 128 times, which takes minutes to
+compile: a smaller `--model.num_layers=3` helps. Without the package the peer is our own model on the reference tier.
 """
 
 import argparse
