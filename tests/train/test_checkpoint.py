@@ -112,6 +112,7 @@ from hybridlm.train.checkpoint import Checkpoints
 save = Checkpoints.save
 def save_on_a_full_disk(self, step, *parts):
     if step == 8:
+        self.wait()  # the save of step 4 goes on in the background
         # Files larger than this fail to be written, as all do on a full disk; pipes do not count.
         resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
     save(self, step, *parts)
