@@ -104,6 +104,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("config")
     sub.add_argument("--json", action="store_true", help="as JSON")
 
+    sub = command("kernels", kernels, "which implementation each kernel operation takes, and why")
+    sub.add_argument(
+        "config", nargs="?", help="what `hybridlm train` takes (default: every operation, at common shapes)"
+    )
+    sub.add_argument(
+        "--topology", metavar="NAME", help="as if on these devices: v5p, v5e:4x4, h200:8 (default: those here)"
+    )
+
     sub = command("list", list_names, "what there is to choose from")
     sub.add_argument("what", nargs="?", default="configs", choices=("configs", "mixers", "ffns", "optimizers"))
     return parser
@@ -210,6 +218,26 @@ def outline(value: Any, path: str) -> Iterator[str]:
         yield f"{path}: {type(value).__name__}"
     for name, part in parts.items():
         yield from outline(part, config_io.join(path, name))
+
+
+def kernels(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.config is None and overrides:
+        raise ConfigError(
+            overrides[0], ": name the config whose fields are meant, as in `hybridlm kernels griffin_tiny`"
+        )
+    config = None if args.config is None else config_io.override(config_io.load_config(args.config), overrides)
+
+    from hybridlm.plan.kernels import kernels_at, kernels_of
+    from hybridlm.plan.topology import topology
+
+    where = None if args.topology is None else topology(args.topology)
+    rows = kernels_at(where) if config is None else kernels_of(config, where)
+    for row in rows:
+        print(f"{row.choice.op:12} {row.phase:7} {row.choice.impl:10}  {'; '.join(row.choice.reasons)}")
+        print(f"{'':12} {' '.join(row.operands)}")
+    if not rows:
+        print("this model calls no kernel operation")
+    return 0
 
 
 def list_names(args: argparse.Namespace, overrides: list[str]) -> int:

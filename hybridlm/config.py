@@ -285,7 +285,7 @@ Tier = Literal["auto", "reference", "chunked", "pallas_tpu", "pallas_gpu"]
 class Kernels(Node):
     """Which implementation each kernel op takes; `auto` is the fastest that serves."""
 
-    linear_scan: Tier = "auto"
+    rg_lru: Tier = "auto"
     short_conv: Tier = "auto"
 
 

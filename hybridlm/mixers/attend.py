@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from hybridlm_kernels.target import target_of
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
-from hybridlm.jax_compat import target_platform
 from hybridlm.mixers.base import Segments, State
 
 QUERY_BLOCK = 256
@@ -40,7 +40,7 @@ def attend(
     soft_cap: float | None,
 ) -> Float[Array, "b t h k"]:
     """Causal attention within each document. Outputs of padding tokens are finite and meaningless."""
-    if target_platform() == "tpu" and q.shape[1] >= LANES:
+    if target_of().platform == "tpu" and q.shape[1] >= LANES:
         return splash_attention(q, k, v, segments, window=window, soft_cap=soft_cap)
     return blocked_attention(q, k, v, segments, window=window, soft_cap=soft_cap)
 

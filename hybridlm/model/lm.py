@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from hybridlm_kernels.target import target_of
 from jaxtyping import Array, Float, Int
 
 from hybridlm import config
 from hybridlm.ffns.base import Aux
-from hybridlm.jax_compat import target_platform
 from hybridlm.layers import RMSNorm, fan_in_normal
 from hybridlm.mixers.base import Context, Segments, document_positions
 from hybridlm.model.stack import Stack
@@ -84,7 +84,7 @@ class LM(nnx.Module):
 
 def make_context(cfg: config.Model, kernels: config.Kernels) -> Context:
     """`dtype="auto"` is bfloat16, on CPU float32."""
-    auto = "float32" if target_platform() == "cpu" else "bfloat16"
+    auto = "float32" if target_of().platform == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if cfg.dtype == "auto" else cfg.dtype)
     return Context(width=cfg.width, num_layers=cfg.num_layers, norm_eps=cfg.norm_eps, dtype=dtype, kernels=kernels)
 

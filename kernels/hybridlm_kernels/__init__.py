@@ -1,12 +1,24 @@
 """Training kernels of hybrid language models: one function per operation, several implementations behind each.
 
 >>> h, h_last = linear_scan(a, x, segment_ids=ids)          # h_t = a_t h_{t-1} + x_t
+>>> h, h_last = rg_lru(x, gate_a, gate_x, decay)            # the same with Griffin's gates computed inside
 >>> y, state = short_conv(x, w, activation="silu")          # causal depthwise convolution
 >>> print(explain("linear_scan", a, x))                     # which implementation runs, and why
 """
 
-from hybridlm_kernels.dispatch import IMPLS, OPS, Explanation, UnsupportedKernel, explain
+from hybridlm_kernels.dispatch import IMPLS, OPS, Explanation, UnsupportedKernel, explain, interpret_pallas
 from hybridlm_kernels.linear_scan import linear_scan
+from hybridlm_kernels.rg_lru import rg_lru
 from hybridlm_kernels.short_conv import short_conv
 
-__all__ = ["IMPLS", "OPS", "Explanation", "UnsupportedKernel", "explain", "linear_scan", "short_conv"]
+__all__ = [
+    "IMPLS",
+    "OPS",
+    "Explanation",
+    "UnsupportedKernel",
+    "explain",
+    "interpret_pallas",
+    "linear_scan",
+    "rg_lru",
+    "short_conv",
+]

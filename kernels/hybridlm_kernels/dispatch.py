@@ -1,29 +1,36 @@
-"""Which implementation an operation takes, and how it runs on sharded operands. Letters: b batch, t time, d channels.
+"""Which implementation an operation takes, and why; checks of operands.
 
 `impl` is "auto", "reference" (token by token, the oracle), "chunked" (plain JAX, efficient on every platform),
 "pallas_tpu" or "pallas_gpu". A named implementation that cannot serve raises `UnsupportedKernel`; "auto" always serves.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
+import importlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from hybridlm_kernels.target import Target, target_of
 
 IMPLS = ("auto", "reference", "chunked", "pallas_tpu", "pallas_gpu")
-OPS = {  # the implementations that exist
-    "linear_scan": ("reference", "chunked"),
-    "short_conv": ("reference", "chunked"),
-}
+OPS = ("linear_scan", "rg_lru", "short_conv")
+"""Each a package of its own, whose modules `pallas_tpu` and `pallas_gpu` are the kernels."""
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+NOT_YET_RUN = {"pallas_gpu": "is compiled and interpreted in tests but has not run on a GPU yet: ask for it by name"}
+"""What serves when named, and "auto" leaves alone."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COMPLEX_DTYPES = ("complex64", "complex128")
 
 logger = logging.getLogger("hybridlm_kernels")
+_interpreting = contextvars.ContextVar("interpreting", default=False)
+_record: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("record", default=None)
 
 
 class UnsupportedKernel(NotImplementedError):
@@ -42,8 +49,42 @@ class Explanation:
         return f"{self.op}: {self.impl} ({'; '.join(self.reasons)})"
 
 
-def explain(op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str = "auto") -> Explanation:
-    """Which implementation `op` takes for these operands (arrays or `jax.ShapeDtypeStruct`s, time in axis 1), and why.
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """What runs: the implementation, and whether its Pallas kernels are interpreted, which any platform can."""
+
+    op: str
+    impl: str
+    interpret: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        """The implementation's function `name`."""
+        function = getattr(tier_module(self.op, self.impl), name)
+        return functools.partial(function, interpret=True) if self.interpret else function
+
+
+def tier_module(op: str, impl: str) -> Any:
+    """Imported when needed: Pallas takes a second, and each backend of it other libraries."""
+    return importlib.import_module(f"hybridlm_kernels.{op}.{impl}")
+
+
+@contextlib.contextmanager
+def interpret_pallas() -> Iterator[None]:
+    """Within, `impl="pallas_tpu"` runs on any platform, slowly: for tests."""
+    token = _interpreting.set(True)
+    try:
+        yield
+    finally:
+        _interpreting.reset(token)
+
+
+def explain(
+    op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str = "auto", target: Target | None = None
+) -> Explanation:
+    """Which implementation `op` takes for its operands (arrays or `jax.ShapeDtypeStruct`s, in the order of its
+    signature; time in axis 1) on `target`, and why.
+
+    `target` is the device that the operands or the mesh in scope belong to, else the process's own.
 
     Raises UnsupportedKernel when `impl` names one that cannot serve, ValueError for an unknown `op` or `impl`.
     """
@@ -51,21 +92,55 @@ def explain(op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str = "auto"
         raise ValueError(f"op={op!r}: must be one of {', '.join(OPS)}{_suggestion(op, OPS)}")
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}{_suggestion(impl, IMPLS)}")
+    target = target_of(operands) if target is None else target
     if impl == "auto":
-        if operands and operands[0].shape[1:2] == (1,):
-            return Explanation(op, "chunked", ("one token is evaluated directly, without a loop",))
-        return Explanation(op, "chunked", ("the fastest implementation of this operation on every platform",))
-    if impl not in OPS[op]:
-        raise UnsupportedKernel(f"impl={impl!r}: not implemented for {op}; use auto")
+        return Explanation(op, *_automatic(op, operands, target))
+    if impl in PLATFORMS and (refusal := _refusal(op, impl, operands, target)):
+        raise UnsupportedKernel(f"impl={impl!r}: {op} {refusal}; use auto")
     return Explanation(op, impl, ("asked for by name",))
 
 
-def choose(op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str) -> str:
-    """The implementation to run, never "auto"; the first automatic choice of each kind is logged."""
+def _automatic(op: str, operands: Sequence[Any], target: Target) -> tuple[str, tuple[str, ...]]:
+    if operands and operands[0].shape[1:2] == (1,):
+        return "chunked", ("one token is evaluated directly, without a loop",)
+    for impl, platform in PLATFORMS.items():
+        if platform == target.platform and operands:
+            refusal = _refusal(op, impl, operands, target) or NOT_YET_RUN.get(impl)
+            if refusal is None:
+                return impl, (f"kernel for {target.kind}",)
+            return "chunked", (f"{impl} {refusal}",)
+    return "chunked", (f"the fastest implementation of this operation on {target.platform}",)
+
+
+def _refusal(op: str, impl: str, operands: Sequence[Any], target: Target) -> str | None:
+    """Why `impl` cannot serve; None where it can."""
+    interpreting = _interpreting.get() and impl == "pallas_tpu"
+    if PLATFORMS[impl] != target.platform and not interpreting:
+        return f"runs on {PLATFORMS[impl].upper()}, and this is {target.kind}"
+    if impl == "pallas_gpu":
+        return tier_module(op, impl).supports(*operands, compute_capability=target.compute_capability)
+    return tier_module(op, impl).supports(*operands)
+
+
+@contextlib.contextmanager
+def record_choices() -> Iterator[list[tuple[Explanation, list[str]]]]:
+    """A list that gets, for each operation called or traced within, what it takes and the types of its operands."""
+    record: list[tuple[Explanation, list[str]]] = []
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
+
+
+def choose(op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str) -> Tier:
+    """The implementation to run; the first automatic choice of each kind is logged."""
     explanation = explain(op, *operands, impl=impl)
-    if impl == "auto":
+    if (record := _record.get()) is not None:
+        record.append((explanation, [str(jax.typeof(operand)) for operand in operands]))
+    elif impl == "auto":
         _log_once(explanation)
-    return explanation.impl
+    return Tier(op, explanation.impl, interpret=_interpreting.get() and explanation.impl == "pallas_tpu")
 
 
 @functools.cache
@@ -73,8 +148,8 @@ def _log_once(explanation: Explanation) -> None:
     logger.info("%s", explanation)
 
 
-def _suggestion(word: str, known: Sequence[str] | dict[str, tuple[str, ...]]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -93,64 +168,3 @@ def check_sequence(name: str, array: Array) -> None:
         raise ValueError(f"{name}: shape {array.shape} must be [batch, time, channels]")
     if array.shape[1] == 0:
         raise ValueError(f"{name}: shape {array.shape} has no time step; at least one token is needed")
-
-
-def local(
-    function: Callable[..., tuple[Array, ...]], operands: Sequence[tuple[Array | None, str]], results: Sequence[str]
-) -> tuple[Array, ...]:
-    """`function(*operands)` run by every device on its own shard, without gathering anything that is sharded.
-
-    Each operand comes with one letter per axis, such as "btd"; `results` names the axes of what comes back. The first
-    operand decides how a letter is sharded and the others are resharded to agree. Without sharded operands, with
-    automatic axes, or inside a `jax.shard_map`, this is a plain call. Raises ValueError where time (t) is sharded.
-    """
-    arrays = [array for array, _ in operands]
-    mesh, explicit = _explicit_mesh(arrays)
-    if mesh is None:
-        return function(*arrays)
-    leader, letters = operands[0]
-    assert leader is not None, "the first operand decides the sharding"
-    of_letter = dict(zip(letters, _spec(leader), strict=True))
-    if of_letter.get("t") is not None:
-        raise ValueError(
-            f"x: its time axis is sharded over {of_letter['t']!r}, but a recurrence over a sharded time axis is not"
-            " supported; shard batch or channels instead"
-        )
-
-    def agreed(names: str) -> PartitionSpec:
-        return PartitionSpec(*(of_letter.get(name) for name in names))
-
-    placed = [
-        array if array is None or _spec(array) == tuple(agreed(names)) else _reshard(array, mesh, agreed(names))
-        for array, names in operands
-    ]
-    if not any(of_letter.values()):
-        return function(*placed)
-    out_specs = tuple(agreed(names) for names in results)
-    if AxisType.Manual in mesh.axis_types:
-        # The gradient of a shard_map within another over different axes fails to lower (jax 0.10 to 0.12), so the
-        # compiler divides the work over the axes that are left.
-        automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_specs)
-        return cast(tuple[Array, ...], automatic(*placed))
-    in_specs = tuple(agreed(names) for _, names in operands)
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(explicit))(*placed)
-
-
-def _explicit_mesh(arrays: Sequence[Array | None]) -> tuple[AbstractMesh | None, tuple[str, ...]]:
-    """The mesh, and its explicit axes, of the first array that is sharded over one."""
-    for array in arrays:
-        if array is not None and any(_spec(array)):
-            mesh = jax.typeof(array).sharding.mesh
-            axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
-            return mesh, tuple(name for name, kind in axes if kind == AxisType.Explicit)
-    return None, ()
-
-
-def _spec(array: Array) -> tuple[str | tuple[str, ...] | None, ...]:
-    """The explicit mesh axes of each array axis, as the array's type records them."""
-    spec = tuple(jax.typeof(array).sharding.spec)
-    return spec + (None,) * (array.ndim - len(spec))
-
-
-def _reshard(array: Array, mesh: AbstractMesh, spec: PartitionSpec) -> Array:
-    return jax.sharding.reshard(array, NamedSharding(mesh, spec))

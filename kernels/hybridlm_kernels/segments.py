@@ -12,31 +12,36 @@ from jaxtyping import Bool, Int, Int8
 CONTINUE, RESET, PADDING = 0, 1, 2
 
 
-def check_segment_ids(segment_ids: Array, shape: tuple[int, int]) -> None:
-    """Raises ValueError unless `segment_ids` are integers of `shape` [b, t]."""
+def check_segment_ids(segment_ids: Array, shape: tuple[int, int], name: str = "segment_ids") -> None:
+    """Raises ValueError unless `segment_ids`, or what `name` says, are integers of `shape` [b, t]."""
     if segment_ids.shape != shape:
-        raise ValueError(f"segment_ids: shape {segment_ids.shape} must be [batch, time] = {shape}, as in x")
+        raise ValueError(f"{name}: shape {segment_ids.shape} must be [batch, time] = {shape}, as in x")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids: dtype {segment_ids.dtype} must be an integer type; use int32, 0 for padding")
+        raise ValueError(f"{name}: dtype {segment_ids.dtype} must be an integer type, such as int32")
 
 
-def last_real_id_before(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """The id of the nearest real token strictly before each position; 0 where there is none."""
+def last_real_id_before(segment_ids: Int[Array, "b t"], before: Int[Array, " b"] | None = None) -> Int[Array, "b t"]:
+    """The id of the nearest real token strictly before each position; 0 where there is none.
+
+    `before` is the last real id of a stretch of time that comes before this one.
+    """
     t = segment_ids.shape[1]
     position = jnp.where(segment_ids != 0, jnp.arange(t), -1)
     latest = jnp.pad(lax.cummax(position, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     found = jnp.take_along_axis(segment_ids, jnp.maximum(latest, 0), axis=1)
-    return jnp.where(latest >= 0, found, 0)
+    return jnp.where(latest >= 0, found, 0 if before is None else before[:, None])
 
 
-def starts(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
+def starts(segment_ids: Int[Array, "b t"], before: Int[Array, " b"] | None = None) -> Bool[Array, "b t"]:
     """True at the first token of every document but the row's first, which continues the initial state."""
-    before = last_real_id_before(segment_ids)
-    return (segment_ids != 0) & (before != 0) & (segment_ids != before)
+    last = last_real_id_before(segment_ids, before)
+    return (segment_ids != 0) & (last != 0) & (segment_ids != last)
 
 
-def token_kinds(segment_ids: Int[Array, "b t"], reverse: bool = False) -> Int8[Array, "b t"]:
+def token_kinds(
+    segment_ids: Int[Array, "b t"], reverse: bool = False, before: Int[Array, " b"] | None = None
+) -> Int8[Array, "b t"]:
     """CONTINUE, RESET (the state is zeroed before this token) or PADDING; `reverse` reads time backwards."""
     ids = jnp.flip(segment_ids, 1) if reverse else segment_ids
-    kinds = jnp.where(ids == 0, PADDING, jnp.where(starts(ids), RESET, CONTINUE)).astype(jnp.int8)
+    kinds = jnp.where(ids == 0, PADDING, jnp.where(starts(ids, before), RESET, CONTINUE)).astype(jnp.int8)
     return jnp.flip(kinds, 1) if reverse else kinds

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from hybridlm_kernels import IMPLS, OPS, UnsupportedKernel, dispatch, explain, linear_scan, short_conv
+from hybridlm_kernels import OPS, UnsupportedKernel, dispatch, explain, linear_scan, rg_lru, short_conv
+from hybridlm_kernels.dispatch import PLATFORMS
+from hybridlm_kernels.target import Target, target
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
@@ -32,18 +34,71 @@ def test_explain_gives_choice_and_reason_without_arrays():
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl.startswith("pallas")])
-def test_a_kernel_that_is_not_there_says_so(op, impl):
-    call = {"linear_scan": lambda: linear_scan(X, X, impl=impl), "short_conv": lambda: short_conv(X, W, impl=impl)}[op]
-    with pytest.raises(UnsupportedKernel, match=f"impl='{impl}': not implemented for {op}; use auto"):
-        call()
+@pytest.mark.parametrize("impl", PLATFORMS)
+def test_a_kernel_of_another_device_says_so(op, impl):
+    with pytest.raises(UnsupportedKernel, match=f"impl='{impl}': {op} runs on .PU, and this is CPU; use auto"):
+        calls(impl)[op]()
 
 
-def test_auto_equals_every_implementation_that_exists():
-    for impl in OPS["linear_scan"]:
-        np.testing.assert_allclose(linear_scan(X, X)[0], linear_scan(X, X, impl=impl)[0], rtol=1e-5, atol=1e-6)
-    for impl in OPS["short_conv"]:
-        np.testing.assert_allclose(short_conv(X, W)[0], short_conv(X, W, impl=impl)[0], rtol=1e-5, atol=1e-6)
+def calls(impl):
+    return {
+        "linear_scan": lambda: linear_scan(X, X, impl=impl),
+        "rg_lru": lambda: rg_lru(X, X, X, W[0], impl=impl),
+        "short_conv": lambda: short_conv(X, W, impl=impl),
+    }
+
+
+TPU = Target("tpu", "TPU v5 lite")
+
+
+def shapes(*shape, dtype=jnp.bfloat16, num=2):
+    return [jax.ShapeDtypeStruct(shape, dtype)] * num
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_device_gets_its_own_kernel_where_that_serves(op):
+    operands = shapes(2, 1024, 256, num=3 if op == "rg_lru" else 2)
+    if op == "short_conv":
+        operands[1] = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    on_tpu = explain(op, *operands, target=TPU)
+    assert (on_tpu.impl, on_tpu.reasons) == ("pallas_tpu", ("kernel for TPU v5 lite",))
+    assert explain(op, *operands, target=Target("cpu", "CPU")).impl == "chunked"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_kernel_cannot_do_takes_the_chunked_form(op):
+    operands = shapes(2, 1024, 256, dtype=jnp.float64, num=3 if op == "rg_lru" else 2)
+    if op == "short_conv":
+        operands[1] = jax.ShapeDtypeStruct((4, 256), jnp.float64)
+    chosen = explain(op, *operands, target=TPU)
+    assert chosen.impl == "chunked" and "float64" in str(chosen)
+    with pytest.raises(UnsupportedKernel, match="float64"):
+        explain(op, *operands, impl="pallas_tpu", target=TPU)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "refusal"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 8.0, "needs a Hopper GPU"),
+        ("NVIDIA H100 80GB HBM3", 9.0, None),
+        ("NVIDIA H200", 9.0, None),
+        ("NVIDIA B200", 10.0, None),
+        ("AMD Instinct MI300X", None, "needs a Hopper GPU"),
+    ],
+)
+def test_gpu_kernels_serve_from_hopper_on_and_only_by_name(kind, capability, refusal):
+    gpu = target("gpu", kind)
+    assert gpu.compute_capability == capability
+    chosen = explain("linear_scan", *shapes(2, 1024, 256), target=gpu)
+    assert chosen.impl == "chunked" and (refusal or "ask for it by name") in str(chosen)
+    if refusal is None:
+        assert explain("linear_scan", *shapes(2, 1024, 256), impl="pallas_gpu", target=gpu).impl == "pallas_gpu"
+
+
+def test_auto_equals_every_implementation_that_runs_here():
+    for op in OPS:
+        for impl in ("reference", "chunked"):
+            np.testing.assert_allclose(calls("auto")[op]()[0], calls(impl)[op]()[0], rtol=1e-5, atol=1e-6)
 
 
 def test_the_automatic_choice_is_logged_once(caplog):
@@ -81,14 +136,6 @@ def test_a_wrong_call_gets_one_clear_line(call, message, monkeypatch):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
-
-
-@eight_devices
-@pytest.mark.parametrize("op", OPS)
-def test_a_sharded_time_axis_is_refused(op):
-    x = jax.device_put(X[:, :8], NamedSharding(mesh_of(AxisType.Explicit), PartitionSpec(None, "data")))
-    with pytest.raises(ValueError, match="x: its time axis is sharded over 'data'.*shard batch or channels instead"):
-        linear_scan(x, x) if op == "linear_scan" else short_conv(x, W)
 
 
 def both_ops(x: jax.Array, w: jax.Array, h0: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,6 +1,6 @@
-"""Diagonal linear recurrence h_t = a_t h_{t-1} + x_t. Letters: b batch, t time, d channels, n chunks, c chunk.
+"""linear_scan in plain JAX: one loop over time on CPU, chunks that advance together elsewhere.
 
-The recurrence of RG-LRU (De et al. 2024, arXiv:2402.19427), LRU (Orvieto et al. 2023, arXiv:2303.06349) and their kin.
+Letters: b batch, t time, d channels, n chunks, c chunk.
 """
 
 import math
@@ -10,125 +10,77 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Inexact, Int
 
-from hybridlm_kernels.dispatch import check_operand, check_sequence, choose, local
 from hybridlm_kernels.jax_compat import align_varying
-from hybridlm_kernels.segments import CONTINUE, PADDING, RESET, check_segment_ids, token_kinds
+from hybridlm_kernels.segments import CONTINUE, PADDING, RESET
 
-Residuals = tuple[Array, Array, Array, Array | None]  # a, h, h0 and the kinds of the tokens
 Tokens = Callable[[Array], tuple[Array, Array]]  # time within the chunk -> (decay, input), each [b, n, d]
 
 
-def linear_scan(
-    a: Inexact[Array, "b t d"],
-    x: Inexact[Array, "b t d"],
+@partial(jax.jit, static_argnames="reverse")
+def forward(a: Array, x: Array, h0: Array, kinds: Array | None, *, reverse: bool) -> tuple[Array, Array]:
+    """h [b, t, d] and h_last [b, d]; `kinds` [b, t] as in segments.py."""
+    a, x, h0, kinds = align_varying(a, x, h0, kinds)
+    h, h_last = _per_platform(scan_in_chunks, x.shape[1], reverse, a, x, h0, _column(kinds))
+    return h, h_last
+
+
+@partial(jax.jit, static_argnames=("reverse", "x_dtype"))
+def adjoint(
+    a: Array,
+    h: Array,
+    h0: Array,
+    dh: Array,
+    dh_last: Array,
+    kinds: Array | None,
     *,
-    h0: Inexact[Array, "b d"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
-    reverse: bool = False,
-    impl: str = "auto",
-) -> tuple[Inexact[Array, "b t d"], Inexact[Array, "b d"]]:
-    """h_t = a_t h_{t-1} + x_t, every channel on its own; returns all states h and the last one.
+    reverse: bool,
+    x_dtype: jnp.dtype,
+) -> tuple[Array, Array, Array]:
+    """The cotangents of a, x and h0 from those of h and h_last."""
+    a, h, h0, dh, dh_last, kinds = align_varying(a, h, h0, dh, dh_last, kinds)
+    in_chunks = partial(adjoint_in_chunks, x_dtype=x_dtype)
+    da, dx, dh0 = _per_platform(in_chunks, h.shape[1], reverse, a, h, h0, dh, dh_last, _column(kinds))
+    return da, dx, dh0
 
-    `a` and `x` are real or complex. The state is carried in float32 (complex64), or in double precision if an operand
-    is; h has the promoted dtype of `a` and `x`, and the last state keeps the precision of the carry. `h0` is the state
-    before the first token, zeros when None.
 
-    `segment_ids` separate packed documents (0 = padding): the state is zeroed before a token of another document than
-    the last real token, so only the row's first document sees `h0`. Padding leaves the state unchanged: h repeats it
-    there, for the caller to mask, and the padding's own `a` and `x` count for nothing and get zero gradient. The last
-    state is the state after the last real token.
+@partial(jax.jit, static_argnames=("reverse", "premultiplied"))
+def summary(a: Array, x: Array, kinds: Array | None, *, reverse: bool, premultiplied: bool) -> tuple[Array, Array]:
+    """What all of time does to a state s: s -> decay s + added, both [b, d].
 
-    `reverse` mirrors time: h_t = a_t h_{t+1} + x_t, `h0` comes after the last token, and the last state is at t = 0.
-    Differentiable in `a`, `x` and `h0`, also through the last state; reverse mode only.
+    `premultiplied` is the recurrence of the adjoint, s <- a_t (s + x_t), in which x counts at padding too.
     """
-    a, x = jnp.asarray(a), jnp.asarray(x)
-    check_sequence("x", x)
-    check_operand("x", x, x.shape, "[batch, time, channels]", allow_complex=True)
-    check_operand("a", a, x.shape, "[batch, time, channels]", allow_complex=True)
-    b, t, d = x.shape
-    carry_dtype = jnp.result_type(a.dtype, x.dtype, jnp.float32)
-    if h0 is not None:
-        h0 = jnp.asarray(h0)
-        check_operand("h0", h0, (b, d), "[batch, channels]", allow_complex=True)
-        carry_dtype = jnp.result_type(carry_dtype, h0.dtype)
-        if jnp.iscomplexobj(h0) and not jnp.iscomplexobj(a) and not jnp.iscomplexobj(x):
-            raise ValueError(f"h0: dtype {h0.dtype} is complex while a and x are real; make one of them complex")
-    if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        check_segment_ids(segment_ids, (b, t))
-    run = _reference if choose("linear_scan", x, a, impl=impl) == "reference" else _chunked
-    run = partial(run, carry_dtype=carry_dtype, reverse=reverse)
-    h, h_last = local(run, [(x, "btd"), (a, "btd"), (h0, "bd"), (segment_ids, "bt")], ["btd", "bd"])
-    return h, h_last
+    a, x, kinds = align_varying(_wide(a), _wide(x), _column(kinds))
+    dtype = jnp.result_type(a.dtype, x.dtype, jnp.float32)
+
+    def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        decay, value = _kept(_at(a, t).astype(dtype), _kind_at(kinds, t)), _at(x, t).astype(dtype)
+        value = decay * value if premultiplied else _real(value, _kind_at(kinds, t))
+        return decay * carry[0], decay * carry[1] + value
+
+    zeros = jnp.zeros_like(x[:, 0], dtype=dtype)
+    decay, added = _sweep(x.shape[1], reverse, step, (jnp.ones_like(zeros), zeros))
+    return decay, added
 
 
-def _initial(h0: Array | None, x: Array, carry_dtype: jnp.dtype) -> Array:
-    return jnp.zeros_like(x[:, 0], dtype=carry_dtype) if h0 is None else h0.astype(carry_dtype)
+def one_token(a: Array, x: Array, h0: Array, kinds: Array | None) -> tuple[Array, Array]:
+    """`forward` of a single token, as in decoding, without a loop; differentiable."""
+    kind = _kind_at(_column(kinds), 0)
+    h_last = _kept(a[:, 0].astype(h0.dtype), kind) * h0 + _real(x[:, 0].astype(h0.dtype), kind)
+    return h_last[:, None].astype(jnp.result_type(a.dtype, x.dtype)), h_last
 
 
-@partial(jax.jit, static_argnames=("carry_dtype", "reverse"))
-def _reference(
-    x: Array, a: Array, h0: Array | None, segment_ids: Array | None, *, carry_dtype: jnp.dtype, reverse: bool
-) -> tuple[Array, Array]:
-    """Token by token, with the gradient of JAX's own automatic differentiation: the oracle of the other tiers."""
-    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-
-    def step(carry: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        h, last_id = carry
-        a_t, x_t, id_t = token
-        starts = (id_t != 0) & (last_id != 0) & (id_t != last_id)
-        before = jnp.where(starts[:, None], 0, h)
-        h = jnp.where((id_t != 0)[:, None], a_t.astype(carry_dtype) * before + x_t.astype(carry_dtype), h)
-        return (h, jnp.where(id_t != 0, id_t, last_id)), h
-
-    x, a, ids, h0 = align_varying(x, a, ids, _initial(h0, x, carry_dtype))
-    time_major = (jnp.moveaxis(a, 1, 0), jnp.moveaxis(x, 1, 0), jnp.moveaxis(ids, 1, 0))
-    (h_last, _), h = lax.scan(step, (h0, jnp.zeros_like(ids[:, 0])), time_major, reverse=reverse)
-    return jnp.moveaxis(h, 0, 1).astype(jnp.result_type(a.dtype, x.dtype)), h_last
+def _wide(array: Array) -> Array:
+    """At least float32: of a narrower array XLA converts all at every token that a loop reads or writes."""
+    return array.astype(_wide_dtype(array.dtype))
 
 
-@partial(jax.jit, static_argnames=("carry_dtype", "reverse"))
-def _chunked(
-    x: Array, a: Array, h0: Array | None, segment_ids: Array | None, *, carry_dtype: jnp.dtype, reverse: bool
-) -> tuple[Array, Array]:
-    """Chunks advance together, token by token in place, and pass their states on; a single chunk on CPU."""
-    kinds = None if segment_ids is None else token_kinds(segment_ids, reverse)[:, :, None]
-    x, a, h0, kinds = align_varying(x, a, _initial(h0, x, carry_dtype), kinds)
-    if x.shape[1] == 1:  # decoding: no loop
-        kind = _kind_at(kinds, 0)
-        h_last = _kept(a[:, 0].astype(carry_dtype), kind) * h0 + _real(x[:, 0].astype(carry_dtype), kind)
-        return h_last[:, None].astype(jnp.result_type(a.dtype, x.dtype)), h_last
-    return _scan(a, x, h0, kinds, reverse, x.dtype)
+def _wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.result_type(dtype, jnp.float32)
 
 
-def _plain_scan(
-    a: Array, x: Array, h0: Array, kinds: Array | None, reverse: bool, x_dtype: jnp.dtype
-) -> tuple[Array, Array]:
-    h, h_last = _per_platform(scan_in_chunks, x.shape[1], reverse, a, x, h0, kinds)
-    return h, h_last
-
-
-def _scan_fwd(
-    a: Array, x: Array, h0: Array, kinds: Array | None, reverse: bool, x_dtype: jnp.dtype
-) -> tuple[tuple[Array, Array], Residuals]:
-    h, h_last = _scan(a, x, h0, kinds, reverse, x_dtype)
-    return (h, h_last), (a, h, h0, kinds)
-
-
-def _scan_bwd(
-    reverse: bool, x_dtype: jnp.dtype, residuals: Residuals, cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, Array, None]:
-    a, h, h0, kinds = residuals
-    dh, dh_last = cotangents
-    adjoint = partial(adjoint_in_chunks, x_dtype=x_dtype)
-    da, dx, dh0 = _per_platform(adjoint, h.shape[1], reverse, a, h, h0, dh, dh_last, kinds)
-    return da, dx, dh0, None
-
-
-_scan = jax.custom_vjp(_plain_scan, nondiff_argnums=(4, 5))
-_scan.defvjp(_scan_fwd, _scan_bwd)
+def _column(kinds: Array | None) -> Array | None:
+    return None if kinds is None else kinds[:, :, None]
 
 
 def _per_platform(
@@ -156,8 +108,8 @@ def scan_in_chunks(
     a: Array, x: Array, h0: Array, kinds: Array | None, *, chunk: int, reverse: bool
 ) -> tuple[Array, Array]:
     """h and h_last, all chunks of `chunk` tokens advancing together; `kinds` [b, t, 1] as in segments.py."""
-    t = x.shape[1]
-    a, x = _split(a, chunk, reverse, 1), _split(x, chunk, reverse, 0)
+    t, dtype = x.shape[1], jnp.result_type(a.dtype, x.dtype)
+    a, x = _split(_wide(a), chunk, reverse, 1), _split(_wide(x), chunk, reverse, 0)
     kinds = None if kinds is None else _split(kinds, chunk, reverse, PADDING)
 
     def token(j: Array) -> tuple[Array, Array]:
@@ -172,7 +124,7 @@ def scan_in_chunks(
 
     state = _incoming(token, x, h0, reverse)
     state, h = _sweep(chunk, reverse, step, (state, jnp.zeros_like(x, dtype=jnp.result_type(a.dtype, x.dtype))))
-    return _join(h, t, reverse), _final(state, reverse)
+    return _join(h, t, reverse).astype(dtype), _final(state, reverse)
 
 
 def adjoint_in_chunks(
@@ -188,8 +140,8 @@ def adjoint_in_chunks(
     x_dtype: jnp.dtype,
 ) -> tuple[Array, Array, Array]:
     """The transposed recurrence u_t = dh_t + a_{t+1} u_{t+1}, dx_t = u_t, da_t = u_t h_{t-1}, against time."""
-    t = h.shape[1]
-    a, h, dh = _split(a, chunk, reverse, 1), _split(h, chunk, reverse, 0), _split(dh, chunk, reverse, 0)
+    t, a_dtype = h.shape[1], a.dtype
+    a, h, dh = (_split(_wide(v), chunk, reverse, fill) for v, fill in ((a, 1), (h, 0), (dh, 0)))
     kinds = None if kinds is None else _split(kinds, chunk, reverse, PADDING)
     first, earlier = (chunk - 1, 1) if reverse else (0, -1)
     before = _before_chunks(h, h0, reverse)
@@ -207,8 +159,8 @@ def adjoint_in_chunks(
         return _kept(_at(a, j).astype(h0.dtype), kind) * u, _put(da, slope, j), _put(dx, _real(u, kind), j)
 
     u = _incoming(token, dh, dh_last, not reverse)
-    u, da, dx = _sweep(chunk, not reverse, step, (u, jnp.zeros_like(a), jnp.zeros_like(h, dtype=x_dtype)))
-    return _join(da, t, reverse), _join(dx, t, reverse), _final(u, not reverse)
+    u, da, dx = _sweep(chunk, not reverse, step, (u, jnp.zeros_like(a), jnp.zeros_like(h, dtype=_wide_dtype(x_dtype))))
+    return _join(da, t, reverse).astype(a_dtype), _join(dx, t, reverse).astype(x_dtype), _final(u, not reverse)
 
 
 def _incoming(token: Tokens, x: Array, state: Array, reverse: bool) -> Array:

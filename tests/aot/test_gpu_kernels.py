@@ -1,0 +1,71 @@
+"""The GPU kernels compile for an H200 at the shapes of griffin_1b, forward and backward, without spilling."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hybridlm_kernels.bench import static_gpu
+from hybridlm_kernels.linear_scan import pallas_gpu as linear_scan
+from hybridlm_kernels.rg_lru import pallas_gpu as rg_lru
+from hybridlm_kernels.short_conv import pallas_gpu as short_conv
+
+pytestmark = pytest.mark.gpu_aot
+T, D, TAPS = 4096, 2560, 4  # griffin_1b's recurrence, two of its sequences long
+Struct = jax.ShapeDtypeStruct
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_the_cuda_plugin() -> None:
+    if reason := static_gpu.missing():
+        pytest.skip(reason)
+
+
+def float32(*shape: int) -> Struct:
+    return Struct(shape, jnp.float32)
+
+
+def linear_scan_kernels(x: Struct, state: Struct, kinds: Struct | None) -> list[tuple[Callable[..., Any], list]]:
+    def forward(a: Any, x: Any, h0: Any, kinds: Any) -> Any:
+        return linear_scan.forward(a, x, h0, kinds, reverse=False)
+
+    def adjoint(a: Any, h: Any, h0: Any, dh: Any, dh_last: Any, kinds: Any) -> Any:
+        return linear_scan.adjoint(a, h, h0, dh, dh_last, kinds, reverse=False, x_dtype=a.dtype)
+
+    return [(forward, [x, x, state, kinds]), (adjoint, [x, x, state, x, state, kinds])]
+
+
+def rg_lru_kernels(x: Struct, state: Struct, kinds: Struct | None) -> list[tuple[Callable[..., Any], list]]:
+    gates = [x, x, x, float32(D)]
+    return [(rg_lru.forward, [*gates, state, kinds]), (rg_lru.adjoint, [*gates, x, state, x, state, kinds])]
+
+
+def short_conv_kernels(x: Struct, state: Struct, kinds: Struct | None) -> list[tuple[Callable[..., Any], list]]:
+    def forward(*operands: Any) -> Any:
+        return short_conv.forward(*operands, activation="silu")
+
+    def adjoint(*operands: Any) -> Any:
+        return short_conv.adjoint(*operands, activation="silu")
+
+    reach = None if kinds is None else Struct(kinds.shape, jnp.int32)
+    operands = [x, float32(TAPS, D), float32(D), float32(x.shape[0], TAPS - 1, D), reach]
+    return [(forward, operands), (adjoint, [*operands, x])]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("b", [1, 8])
+@pytest.mark.parametrize("kernels", [linear_scan_kernels, rg_lru_kernels, short_conv_kernels])
+def test_kernels_compile_without_spills(kernels: Callable[..., Any], b: int, dtype: str, packed: bool) -> None:
+    x, kinds = Struct((b, T, D), jnp.dtype(dtype)), Struct((b, T), jnp.int8) if packed else None
+    for function, operands in kernels(x, float32(b, D), kinds):
+        for kernel in static_gpu.analyze(function, operands):
+            print(kernel)
+            assert kernel.spilled_bytes == 0, str(kernel)
+            assert kernel.per_multiprocessor >= 2, str(kernel)
+
+
+def test_a_program_without_kernels_is_an_error() -> None:
+    with pytest.raises(static_gpu.StaticGpuError, match="no Mosaic GPU kernel"):
+        static_gpu.analyze(lambda x: x + 1, [float32(8)])

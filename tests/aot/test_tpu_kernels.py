@@ -1,0 +1,135 @@
+"""The Pallas TPU kernels compile for every TPU generation at the shapes of published models, and under a mesh."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hybridlm_kernels import linear_scan, rg_lru, short_conv
+from hybridlm_kernels.bench.cases import BOTH, FORWARD, Workload
+from hybridlm_kernels.bench.chips import CHIPS
+from hybridlm_kernels.bench.static_tpu import Failure, Report, analyze
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from hybridlm.config import RGLRU
+from hybridlm.config_io import load_config
+
+pytest.importorskip("libtpu", reason="needs libtpu, which brings the TPU compiler: pip install 'hybridlm[tpu]'")
+
+OPS = ("linear_scan", "rg_lru", "short_conv")
+# Vector registers spilled and filled per scheduled cycle, as measured, with a little room: the maths of these kernels
+# does not fit in 64 registers, and less of it at a time leaves the machine idle. None of it is beyond the HBM floor by
+# more than the ratios in kernels/README.md.
+MOST_SPILLS = {
+    "linear_scan": 0.0,
+    "linear_scan_adjoint": 0.0,
+    "rg_lru": 0.03,
+    "rg_lru_adjoint": 0.35,
+    "short_conv": 0.03,
+    "short_conv_adjoint": 0.55,
+}
+CONFIGS = ("griffin_1b", "griffin_7b", "recurrentgemma_2b")
+
+
+def shape(name: str) -> tuple[int, int, int]:
+    """One sequence of the recurrence in the config: b, t, d."""
+    config = load_config(name)
+    width = next(b.mixer.width for b in config.model.pattern if isinstance(b.mixer, RGLRU))
+    return 1, config.data.seq_len, width
+
+
+def kernels(shapes: Sequence[tuple[int, int, int]], dtypes: Sequence[str]) -> list[Workload]:
+    """Forward with gradient, which compiles both kernels of each operation."""
+    return [Workload(op, "pallas_tpu", BOTH, s, dtype) for op in OPS for s in shapes for dtype in dtypes]
+
+
+def complaints(result: Report | Failure, limit: int) -> list[str]:
+    if isinstance(result, Failure):
+        return [f"{result.workload}: {result.reason}"]
+    found = [] if len(result.kernels) >= 2 else [f"{result.workload}: {len(result.kernels)} kernels in it"]
+    for op in result.kernels:
+        if op.spills > MOST_SPILLS[op.name.partition(".")[0]] * op.cycles:
+            found.append(f"{result.workload} {op.name}: {op.spills:.0f} spills and fills in {op.cycles:.0f} cycles")
+        if op.vmem_bytes >= limit:
+            found.append(f"{result.workload} {op.name}: {op.vmem_bytes / 2**20:.1f} MiB of VMEM")
+    return found
+
+
+def check(chip: str, workloads: list[Workload]) -> None:
+    limit = CHIPS[chip].scoped_vmem_bytes
+    found = [line for result in analyze(workloads, CHIPS[chip]) for line in complaints(result, limit)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_compile(chip: str) -> None:
+    check(chip, kernels([shape("griffin_1b")], ["bfloat16"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_compile_at_the_shapes_of_published_models(chip: str) -> None:
+    check(chip, kernels([shape(name) for name in CONFIGS], ["bfloat16", "float32"]))
+
+
+def test_twice_the_time_takes_twice_the_cycles() -> None:
+    workloads = [Workload("linear_scan", "pallas_tpu", FORWARD, (1, t, 2560), "float32") for t in (1024, 2048)]
+    once, twice = analyze(workloads, CHIPS["v5e"])
+    assert isinstance(once, Report) and isinstance(twice, Report)
+    assert twice.cycles == pytest.approx(2 * once.cycles, rel=0.1)
+    assert twice.hbm_bytes == pytest.approx(3 * 2048 * 2560 * 4, rel=0.01)  # a, x and h, once each
+
+
+def test_a_program_that_does_not_compile_does_not_stop_the_next() -> None:
+    workloads = [Workload("linear_scan", impl, FORWARD, (1, 256, 256), "float32") for impl in ("pallas_gpu", "chunked")]
+    refused, compiled = analyze(workloads, CHIPS["v6e"])
+    assert isinstance(refused, Failure) and "runs on GPU" in refused.reason
+    assert isinstance(compiled, Report) and not compiled.kernels
+
+
+B, T, D = 4, 1024, 512
+
+
+def calls(op: str) -> tuple[Any, list[tuple[int, ...]]]:
+    """The operation and the shapes of its operands, the first of them x or a."""
+    wide = (B, T, D)
+    match op:
+        case "linear_scan":
+            return linear_scan, [wide, wide]
+        case "rg_lru":
+            return rg_lru, [wide, wide, wide, (D,)]
+        case _:
+            return lambda x, w: short_conv(x, w, activation="silu"), [wide, (4, D)]
+
+
+@pytest.mark.parametrize("axes", [("data", None, "tensor"), (None, "context", None)], ids=["shards", "cut sequence"])
+@pytest.mark.parametrize("op", OPS)
+def test_sharded_kernels_gather_nothing_with_time_in_it(
+    op: str, axes: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+    names = [name for name in axes if name]
+    shape = (4,) if len(names) == 1 else (2, 2)
+    mesh = jax.sharding.Mesh(devices.reshape(shape), names, axis_types=(AxisType.Explicit,) * len(names))
+    function, shapes = calls(op)
+
+    def operand(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        spec = axes if len(shape) == 3 else (None,) * (len(shape) - 1) + (axes[2],)
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def loss(*operands: jax.Array) -> jax.Array:
+        return (function(*operands)[0].astype(jnp.float32) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        operands = [operand(shape) for shape in shapes]
+        text = jax.jit(jax.grad(loss, tuple(range(len(shapes))))).lower(*operands).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2  # forward and adjoint
+    gathered = re.findall(r"= (\S+) (?:all-gather|all-gather-start|all-to-all)\(", text)
+    for result in gathered:
+        assert axes[1] and not re.search(rf"\b({T}|{T // 4})\b", result), result
