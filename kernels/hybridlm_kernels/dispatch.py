@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from hybridlm_kernels.shards import left_to_compiler
 from hybridlm_kernels.target import Target, target_of
 
 IMPLS = ("auto", "reference", "chunked", "pallas_tpu", "pallas_gpu")
@@ -117,6 +118,8 @@ def _refusal(op: str, impl: str, operands: Sequence[Any], target: Target) -> str
     interpreting = _interpreting.get() and impl == "pallas_tpu"
     if PLATFORMS[impl] != target.platform and not interpreting:
         return f"runs on {PLATFORMS[impl].upper()}, and this is {target.kind}"
+    if axes := left_to_compiler(operands):
+        return f"cannot be divided by the compiler over {', '.join(axes)}: make these axes explicit, or use shard_map"
     if impl == "pallas_gpu":
         return tier_module(op, impl).supports(*operands, compute_capability=target.compute_capability)
     return tier_module(op, impl).supports(*operands)

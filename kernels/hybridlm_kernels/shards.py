@@ -5,7 +5,7 @@ Letters: b batch, t time, d channels, p devices along the sequence.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,15 @@ def local(
         return cast(tuple[Array, ...], automatic(*placed))
     in_specs = tuple(agreed(names) for _, names in operands)
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(explicit))(*placed)
+
+
+def left_to_compiler(operands: Sequence[Any]) -> list[str]:
+    """The mesh axes over which `local` leaves the division of work to the compiler."""
+    meshes = [getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) for x in operands if x is not None]
+    mesh = next((mesh for mesh in meshes if mesh is not None and not mesh.empty), jax.sharding.get_abstract_mesh())
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    given_over = {AxisType.Auto} | ({AxisType.Explicit} if AxisType.Manual in kinds.values() else set())
+    return [name for name, kind in kinds.items() if kind in given_over and mesh.shape[name] > 1]
 
 
 def num_devices(axis: Axis, mesh: AbstractMesh) -> int:

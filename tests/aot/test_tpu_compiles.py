@@ -56,7 +56,9 @@ def test_train_step_of_a_griffin_compiles(shape: tuple[int, int, int], devices: 
         batch["loss_weight"] = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.float32, sharding=rows)
         compiled = make_train_step(bind, optimizer, schedule, config.Train()).lower(state, batch).compile()
     text = compiled.as_text()
-    assert "tpu_custom_call" in text  # splash attention, forward and backward
+    assert "tpu_custom_call" in text
+    for kernel in ("splash", "rg_lru", "rg_lru_adjoint", "short_conv", "short_conv_adjoint"):
+        assert kernel in text
     assert "bf16[" in text  # activations, by the platform of the mesh and not of this process
     # Every buffer fits: no [LENGTH, LENGTH] of scores per head and layer, parameters a share per device.
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20

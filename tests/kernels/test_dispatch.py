@@ -95,6 +95,17 @@ def test_gpu_kernels_serve_from_hopper_on_and_only_by_name(kind, capability, ref
         assert explain("linear_scan", *shapes(2, 1024, 256), impl="pallas_gpu", target=gpu).impl == "pallas_gpu"
 
 
+@eight_devices
+def test_a_kernel_is_not_left_to_the_compiler_to_divide():
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        chosen = explain("linear_scan", X, X, target=TPU)
+        assert chosen.impl == "chunked" and "cannot be divided by the compiler over data, tensor" in str(chosen)
+        with pytest.raises(UnsupportedKernel, match="make these axes explicit"):
+            explain("linear_scan", X, X, impl="pallas_tpu", target=TPU)
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+        assert explain("linear_scan", X, X, target=TPU).impl == "pallas_tpu"
+
+
 def test_auto_equals_every_implementation_that_runs_here():
     for op in OPS:
         for impl in ("reference", "chunked"):

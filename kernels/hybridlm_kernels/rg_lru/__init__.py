@@ -111,7 +111,7 @@ def _kinds(x: Array, ids: Array | None, positions: Array | None, fresh: bool, ax
     """Like `segments.token_kinds`, but every first token of a document is RESET, the row's too if it has no state."""
     if ids is None:
         ids = jnp.ones(x.shape[:2], jnp.int32)
-        first = jnp.zeros(x.shape[:2], bool).at[:, 0].set(fresh)
+        first = jnp.broadcast_to((jnp.arange(x.shape[1]) == 0) & fresh, x.shape[:2])
         begins = first if positions is None else positions == 0
         if positions is None and axis is not None:
             begins &= lax.axis_index(axis) == 0
