@@ -57,6 +57,19 @@ class Tier:
     op: str
     impl: str
     interpret: bool = False
+    by_name: bool = True
+
+    def on_shard(self, *operands: Array) -> "Tier":
+        """The same for the operands that one device holds, which a kernel may not serve though it serves the whole.
+
+        Raises UnsupportedKernel where the implementation was asked for by name.
+        """
+        refusal = _refusal(self.op, self.impl, operands, target_of(operands)) if self.impl in PLATFORMS else None
+        if refusal is None:
+            return self
+        if self.by_name:
+            raise UnsupportedKernel(f"impl={self.impl!r}: {self.op} {refusal} on each device; use auto")
+        return Tier(self.op, "chunked", by_name=False)
 
     def __getattr__(self, name: str) -> Any:
         """The implementation's function `name`."""
@@ -143,7 +156,8 @@ def choose(op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str) -> Tier:
         record.append((explanation, [str(jax.typeof(operand)) for operand in operands]))
     elif impl == "auto":
         _log_once(explanation)
-    return Tier(op, explanation.impl, interpret=_interpreting.get() and explanation.impl == "pallas_tpu")
+    interpret = _interpreting.get() and explanation.impl == "pallas_tpu"
+    return Tier(op, explanation.impl, interpret, by_name=impl != "auto")
 
 
 @functools.cache

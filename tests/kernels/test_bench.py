@@ -32,7 +32,12 @@ LH: loop header
   0x8   :  {}
   0x9   :  {}
 """
-HEAD = "== CAPACTIY:\nMATMUL, SALU\n 4 4 3 4 2 1 2 2 1 1 2\n== UTILIZATION:\n"
+HEAD = """\
+== CAPACTIY:
+MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
+    4     4     3     4     2     1     2     2     1     1     2
+== UTILIZATION:
+"""
 ALLOCATIONS = """\
  #allocation1 [shape = 's32[1]{0}', space=sflag, size = 0x4, offset = 0, scoped, tag = 'scoped memory']
  #allocation2 [shape = 'u8[8192]{0}', space=vmem, size = 0x2000, offset = 0x1000, scoped, tag = 'input window']

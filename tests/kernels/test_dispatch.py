@@ -10,7 +10,7 @@ import pytest
 from hybridlm_kernels import OPS, UnsupportedKernel, dispatch, explain, linear_scan, rg_lru, short_conv
 from hybridlm_kernels.dispatch import PLATFORMS
 from hybridlm_kernels.target import Target, target
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
 W = X[0, :3]
@@ -104,6 +104,35 @@ def test_a_kernel_is_not_left_to_the_compiler_to_divide():
             explain("linear_scan", X, X, impl="pallas_tpu", target=TPU)
     with jax.set_mesh(mesh_of(AxisType.Explicit)):
         assert explain("linear_scan", X, X, target=TPU).impl == "pallas_tpu"
+
+
+@eight_devices
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_serves_the_whole_but_not_a_shard_is_not_taken(by_name):
+    gpu = AbstractDevice("NVIDIA H200", None, "gpu")
+    kinds = (AxisType.Explicit,)
+    mesh = AbstractMesh((2,), ("tensor",), axis_types=kinds, abstract_device=gpu)
+    x = jax.ShapeDtypeStruct(
+        (2, 64, 24), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    )
+    tier = dispatch.Tier("linear_scan", "pallas_gpu", by_name=by_name)
+
+    def on_shard(x):
+        taken.append(tier.on_shard(x, x).impl)
+        return x
+
+    taken = []
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert explain("linear_scan", x, x, impl="pallas_gpu").impl == "pallas_gpu"  # 48 bytes a row
+        mapped = jax.shard_map(on_shard, in_specs=x.sharding.spec, out_specs=x.sharding.spec)
+        if by_name:
+            with pytest.raises(
+                UnsupportedKernel, match="needs rows of a multiple of 16 bytes, not 12 .* on each device"
+            ):
+                jax.eval_shape(mapped, x)
+        else:
+            jax.eval_shape(mapped, x)
+            assert taken == ["chunked"]
 
 
 def test_auto_equals_every_implementation_that_runs_here():

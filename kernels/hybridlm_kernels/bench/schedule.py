@@ -10,8 +10,8 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
-"""The columns of the utilisation dump; FILL and SPILL are the loads and stores that only move spilled registers."""
+SPILLS = ("FILL", "SPILL")
+"""Columns of the utilisation dump: the loads and stores that only move spilled registers."""
 BRANCH_DELAY = 4  # bundles after a branch that still belong to its loop
 PIPELINE_STAGES = 2  # the grid's software pipeline runs its loop this many times more than the grid has steps
 
@@ -57,7 +57,7 @@ def read_schedule(bundles: str, utilisation: str, allocations: str) -> Schedule:
     Raises ScheduleError.
     """
     lines = [match.group(1) for match in map(_BUNDLE.match, bundles.splitlines()) if match]
-    capacity, used = _utilisation(utilisation)
+    slots, capacity, used = _utilisation(utilisation)
     if not lines or len(used) != len(lines):
         raise ScheduleError(f"{len(lines)} bundles but {len(used)} rows of utilisation; libtpu's dump has changed")
     loops = find_loops(lines)
@@ -67,8 +67,8 @@ def read_schedule(bundles: str, utilisation: str, allocations: str) -> Schedule:
             runs[i] *= loop.trips or 1
     cycles = sum(runs)
     operations = [sum(map(float.__mul__, runs, map(float, column))) for column in zip(*used, strict=True)]
-    busy = {s: n / (cycles * c) for s, n, c in zip(SLOTS, operations, capacity, strict=True)}
-    spills = operations[SLOTS.index("SPILL")] + operations[SLOTS.index("FILL")]
+    busy = {s: n / (cycles * c) for s, n, c in zip(slots, operations, capacity, strict=True)}
+    spills = sum(operations[slots.index(name)] for name in SPILLS)
     buffers = [(int(size, 16), int(offset, 16), tag) for size, offset, *tag in _VMEM.findall(allocations)]
     blocks = sum(size // 2 for size, _, (first, rest) in buffers if rest.startswith(" window"))  # two buffers each
     return Schedule(cycles, busy, spills, max((s + o for s, o, _ in buffers), default=0), blocks, tuple(loops))
@@ -140,10 +140,12 @@ def _names(text: str) -> list[str]:
     return re.findall(r"%(\w+)", text)
 
 
-def _utilisation(text: str) -> tuple[list[int], list[list[int]]]:
-    """Units of each slot class, and how many of them every bundle uses."""
+def _utilisation(text: str) -> tuple[list[str], list[int], list[list[int]]]:
+    """The slot classes (older versions name a part as `VLOAD:FILL`), units of each, and how many every bundle uses."""
     head, found, rows = text.partition("== UTILIZATION:")
-    capacity = [int(n) for n in head.strip().splitlines()[-1].split()] if found else []
-    if len(capacity) != len(SLOTS):
-        raise ScheduleError(f"{len(capacity)} slot classes instead of {len(SLOTS)}; libtpu's dump has changed")
-    return capacity, [[int(n) for n in row.split()] for row in rows.strip().splitlines()]
+    lines = head.strip().splitlines() if found else []
+    slots = [name.rpartition(":")[2] for name in re.findall(r"[A-Z:]+", lines[-2])] if len(lines) > 1 else []
+    capacity = [int(n) for n in lines[-1].split()] if lines else []
+    if len(capacity) != len(slots) or not set(SPILLS) <= set(slots):
+        raise ScheduleError(f"slot classes {slots} with {len(capacity)} capacities; libtpu's dump has changed")
+    return slots, capacity, [[int(n) for n in row.split()] for row in rows.strip().splitlines()]

@@ -85,7 +85,7 @@ def _on_shard(
         before = None if sequence_axis is None else id_before(segment_ids, sequence_axis, reverse)
         kinds = token_kinds(segment_ids, reverse, before)
     h0 = jnp.zeros((x.shape[0], x.shape[2]), carry_dtype) if h0 is None else h0.astype(carry_dtype)
-    return scan(a, x, h0, kinds, tier, reverse, sequence_axis)
+    return scan(a, x, h0, kinds, tier.on_shard(a, x), reverse, sequence_axis)
 
 
 def scan(

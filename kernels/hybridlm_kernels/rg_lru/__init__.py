@@ -101,6 +101,7 @@ def _on_shard(
     kinds = _kinds(x, segment_ids, positions, h0 is None, sequence_axis)
     h0 = jnp.zeros((x.shape[0], x.shape[2]), dtype) if h0 is None else h0.astype(dtype)
     x, gate_a, gate_x, rate, kinds = align_varying(x, gate_a, gate_x, rate, kinds)
+    tier = tier.on_shard(x, gate_a, gate_x)
     if tier.impl in ("reference", "chunked"):
         return _composed(x, gate_a, gate_x, rate, h0, kinds, tier, sequence_axis)
     h0 = align_varying(x, h0)[1] if sequence_axis is None else align_whole(h0, x, sequence_axis)

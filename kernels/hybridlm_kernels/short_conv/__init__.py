@@ -88,6 +88,7 @@ def _on_shard(
     activation: str | None,
     sequence_axis: Axis | None,
 ) -> tuple[Array, Array]:
+    tier = tier.on_shard(x, w)
     dtype = jnp.result_type(jnp.float32, *(v.dtype for v in (x, w, bias, state) if v is not None))
     num_held = w.shape[0] - 1
     held = jnp.zeros((x.shape[0], num_held, x.shape[2]), dtype) if state is None else state.astype(dtype)
