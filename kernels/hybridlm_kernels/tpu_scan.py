@@ -5,7 +5,7 @@ the state goes from block to block in VMEM. Within a block, groups of 16 rows (a
 float32 scratch at once, scanned row by row, and packed again: a row's strided load puts 1024 channels in one register,
 so that a row costs little more than its loads and its store.
 
-Every function takes tuples of planes, (value,) or (real part, imaginary part): Mosaic has no complex numbers.
+Every function takes tuples of planes (see planes.py): Mosaic has no complex numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hybridlm_kernels.planes import Planes, plus, times
 from hybridlm_kernels.segments import CONTINUE, PADDING, RESET
 
 GROUP = 16  # rows of a bfloat16 tile
@@ -27,7 +28,6 @@ ABSENT = 3  # kind of a row beyond the end of time: padding whose every operand 
 MAX_ROWS, MAX_LANES = 512, 4096
 VMEM_BUDGET = 13 * 2**20  # of the 16 MiB that v4 and v5e give a kernel by default; the compiler keeps some itself
 
-Planes = tuple[Array, ...]
 Refs = tuple[Any, ...]
 Step = Callable[[Planes, Planes, Planes], tuple[Planes, Planes]]  # decay, value, carry -> carry, row to store
 
@@ -166,23 +166,6 @@ def start_summary(decay: Refs, added: Refs) -> None:
     def _() -> None:
         for i, ref in enumerate((*decay, *added)):
             ref[...] = jnp.full(ref.shape, 1.0 if i == 0 else 0.0, jnp.float32)
-
-
-def times(p: Planes, q: Planes, planes: int = 2) -> Planes:
-    """The product, its real part alone if `planes` is 1."""
-    if len(p) == 1 or len(q) == 1:
-        return tuple(u * v for u in p for v in q)[:planes]
-    return (p[0] * q[0] - p[1] * q[1], p[0] * q[1] + p[1] * q[0])[:planes]
-
-
-def widen(planes: Planes, number: int) -> Planes:
-    """With an imaginary part of zeros if `number` asks for two planes of a real value."""
-    return planes + (jnp.zeros_like(planes[0]),) * (number - len(planes))
-
-
-def plus(p: Planes, q: Planes) -> Planes:
-    p, q = sorted((p, q), key=len)
-    return tuple(u + v for u, v in zip(p, q, strict=False)) + q[len(p) :]
 
 
 def forwards(decay: Planes, value: Planes, state: Planes) -> tuple[Planes, Planes]:

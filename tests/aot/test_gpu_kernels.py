@@ -66,6 +66,16 @@ def test_kernels_compile_without_spills(kernels: Callable[..., Any], b: int, dty
             assert kernel.per_multiprocessor >= 2, str(kernel)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("b", [1, 8])
+def test_complex_scans_compile_without_spills(b: int, packed: bool) -> None:
+    x, state = Struct((b, T, D), jnp.complex64), Struct((b, D), jnp.complex64)
+    for function, operands in linear_scan_kernels(x, state, Struct((b, T), jnp.int8) if packed else None):
+        for kernel in static_gpu.analyze(function, operands):
+            print(kernel)
+            assert kernel.spilled_bytes == 0, str(kernel)
+
+
 def test_a_program_without_kernels_is_an_error() -> None:
     with pytest.raises(static_gpu.StaticGpuError, match="no Mosaic GPU kernel"):
         static_gpu.analyze(lambda x: x + 1, [float32(8)])

@@ -21,7 +21,11 @@ from hybridlm_kernels.short_conv import pallas_gpu as short_conv
 interpreter = pytest.importorskip(
     "jax._src.pallas.mosaic_gpu.interpret.params", reason="this JAX has no interpreter of GPU kernels"
 )
-TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}  # relative L2: rounding of the carries, and of the results
+TOLERANCE = {
+    "float32": 2e-6,
+    "complex64": 2e-6,
+    "bfloat16": 4e-3,
+}  # relative L2: rounding of the carries, and of the results
 # Whole blocks of four; beyond them older interpreters drop the stores that the copy engine would clip.
 WHOLE, RAGGED = (1, 64, 128), (2, 37, 40)
 clips = pytest.mark.skipif(
@@ -51,7 +55,8 @@ def error(result: Any, expected: Array) -> float:
 
 
 def exact(array: Any) -> Array:
-    return np.asarray(array).astype(np.float64)
+    array = np.asarray(array)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def sigmoid(x: Array) -> Array:
@@ -59,7 +64,8 @@ def sigmoid(x: Array) -> Array:
 
 
 def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(rng.normal(size=shape), dtype)
+    values = rng.normal(size=shape)
+    return jnp.asarray(values + 1j * rng.normal(size=shape) if dtype == "complex64" else values, dtype)
 
 
 def random_kinds(rng: np.random.Generator, b: int, t: int) -> jax.Array:
@@ -71,20 +77,22 @@ def kinds_of(kinds: jax.Array | None, b: int, t: int) -> Array:
 
 
 def recurrence(decay: Array, added: Array, h: Array, times: list[int]) -> tuple[Array, Array]:
-    states = np.zeros_like(added)
+    states = np.zeros(added.shape, np.result_type(decay, added, h))
     for t in times:
         h = decay[:, t] * h + added[:, t]
         states[:, t] = h
     return states, h
 
 
-@pytest.mark.parametrize(("dtype", "reverse"), [("float32", False), ("bfloat16", True)])
+@pytest.mark.parametrize(("dtype", "reverse"), [("float32", False), ("bfloat16", True), ("complex64", False)])
 def test_linear_scan_and_its_adjoint_agree_with_a_loop(
     shape: tuple[int, int, int], dtype: str, reverse: bool, rng: np.random.Generator
 ) -> None:
     b, t, d = shape
-    a = jnp.asarray(rng.uniform(0.5, 1.0, shape), dtype)
-    x, dh, h0, dh_last = (random(rng, s, k) for s, k in [(shape, dtype)] * 2 + [((b, d), "float32")] * 2)
+    wide = "complex64" if dtype == "complex64" else "float32"
+    a = rng.uniform(0.5, 1.0, shape)
+    a = jnp.asarray(a * np.exp(1j * rng.uniform(-3, 3, shape)) if dtype == "complex64" else a, dtype)
+    x, dh, h0, dh_last = (random(rng, s, k) for s, k in [(shape, dtype)] * 2 + [((b, d), wide)] * 2)
     kinds = None if reverse else random_kinds(rng, b, t)
     kind = kinds_of(kinds, b, t)
     h, h_last = interpreted(lambda: linear_scan.forward(a, x, h0, kinds, reverse=reverse))
@@ -99,7 +107,7 @@ def test_linear_scan_and_its_adjoint_agree_with_a_loop(
     assert error(h, states) < tolerance
     assert error(h_last, last) < TOLERANCE["float32"]
 
-    u, expected_da, expected_dx = exact(dh_last), np.zeros(shape), np.zeros(shape)
+    u, expected_da, expected_dx = exact(dh_last), np.zeros(shape, states.dtype), np.zeros(shape, states.dtype)
     for i in range(t)[::-1]:
         n, before = times[i], exact(h0) if i == 0 else exact(h)[:, times[i - 1]]
         u = u + exact(dh)[:, n]

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hybridlm_kernels.gpu_scan import Plan, Rows, Stream, Token, fold, identity_and_zero, plan, scan, unsupported
+from hybridlm_kernels.gpu_scan import Plan, Rows, Stream, Token, fold, plan, scan, unsupported
+from hybridlm_kernels.planes import Planes, planes_of, plus, times, whole
 from hybridlm_kernels.segments import CONTINUE, PADDING
 
 
@@ -17,41 +18,54 @@ def supports(
     a: Array | jax.ShapeDtypeStruct, x: Array | jax.ShapeDtypeStruct, *, compute_capability: float | None
 ) -> str | None:
     """Why the operands [b, t, d] cannot be served on a device of this compute capability, or None."""
-    if jnp.issubdtype(a.dtype, jnp.complexfloating) or jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return "serves no complex operands"
-    return unsupported([a, x], compute_capability)
+    parts = [
+        jax.ShapeDtypeStruct(v.shape, jnp.float32)
+        if v.dtype == jnp.complex64
+        else jax.ShapeDtypeStruct(v.shape, v.dtype)
+        for v in (a, x)
+    ]
+    return unsupported(parts, compute_capability)
 
 
-def kept(decay: Array, kind: Array | None) -> Array:
+def kept(decay: Planes, kind: Array | None) -> Planes:
     """The decay of a token: 0 where a document starts, 1 at padding."""
-    decay = decay.astype(jnp.float32)
-    return decay if kind is None else jnp.where(kind == CONTINUE, decay, jnp.where(kind == PADDING, 1.0, 0.0))
+    decay = tuple(plane.astype(jnp.float32) for plane in decay)
+    if kind is None:
+        return decay
+    at_padding = (1.0, 0.0)
+    return tuple(
+        jnp.where(kind == CONTINUE, plane, jnp.where(kind == PADDING, one, 0.0))
+        for plane, one in zip(decay, at_padding, strict=False)
+    )
 
 
-def real(value: Array, kind: Array | None) -> Array:
-    value = value.astype(jnp.float32)
-    return value if kind is None else jnp.where(kind == PADDING, 0.0, value)
+def real(value: Planes, kind: Array | None) -> Planes:
+    """The input of a token: 0 at padding."""
+    value = tuple(plane.astype(jnp.float32) for plane in value)
+    return value if kind is None else tuple(jnp.where(kind == PADDING, 0.0, plane) for plane in value)
 
 
 def forward(a: Array, x: Array, h0: Array, kinds: Array | None, *, reverse: bool) -> tuple[Array, Array]:
-    """h [b, t, d] in the promoted dtype of a and x, and the last state [b, d] float32."""
+    """h [b, t, d] in the promoted dtype of a and x, and the last state [b, d] float32 (complex64)."""
     dtype = jnp.result_type(a.dtype, x.dtype)
-    division = plan(x.shape, a.dtype.itemsize + x.dtype.itemsize + dtype.itemsize)
+    ap, xp, hp = planes_of(a), planes_of(x), planes_of(h0)
+    outputs = [_part(dtype)] * len(hp)
+    division = plan(x.shape, _width([*ap, *xp], outputs))
 
     def token(constants: Rows) -> Token:
         def step(carries: Rows, kind: Array | None, rows: Rows) -> tuple[Rows, Rows]:
-            a_t, x_t = rows
-            h = kept(a_t, kind) * carries[0] + real(x_t, kind)
-            return (h,), (h,)
+            decay, value = kept(rows[: len(ap)], kind), real(rows[len(ap) :], kind)
+            h = plus(times(decay, carries), value)
+            return h, h
 
         return step
 
-    chunks = None if division.num_chunks == 1 else _summaries(a, x, kinds, division, reverse, premultiplied=False)
-    streams = [Stream(a), Stream(x)]
-    (h,), (last,) = scan(
-        "linear_scan_forward", token, streams, kinds, [h0], [], [dtype], division, reverse=reverse, summary=chunks
+    starts, chunks = _starts(a, x, h0, kinds, division, reverse, premultiplied=False)
+    streams = [Stream(plane) for plane in (*ap, *xp)]
+    h, last = scan(
+        "linear_scan_forward", token, streams, kinds, starts, [], outputs, division, reverse=reverse, summary=chunks
     )
-    return h, last[:, -1]
+    return whole(tuple(h)), whole(tuple(last))[:, -1]
 
 
 def adjoint(
@@ -66,42 +80,39 @@ def adjoint(
     x_dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array, Array]:
     """da, dx [b, t, d] and dh0 [b, d]: u_t = dh_t + a_{t+1} u_{t+1}, dx_t = u_t, da_t = u_t h_{t-1}."""
-    width = 2 * a.dtype.itemsize + h.dtype.itemsize + dh.dtype.itemsize + jnp.dtype(x_dtype).itemsize
-    division = plan(a.shape, width)
+    ap, hp, dp, sp = planes_of(a), planes_of(h), planes_of(dh), planes_of(h0)
+    num_dx = 2 if jnp.issubdtype(x_dtype, jnp.complexfloating) else 1
+    outputs = [_part(a.dtype)] * len(ap) + [_part(x_dtype)] * num_dx
+    division = plan(a.shape, _width([*ap, *hp, *dp], outputs))
 
     def token(constants: Rows) -> Token:
         def step(carries: Rows, kind: Array | None, rows: Rows) -> tuple[Rows, Rows]:
-            a_t, h_before, dh_t = rows
-            u = dh_t.astype(jnp.float32) + carries[0]
-            slope = u * h_before.astype(jnp.float32)
-            da = slope if kind is None else jnp.where(kind == CONTINUE, slope, 0.0)
-            return (kept(a_t, kind) * u,), (da, real(u, kind))
+            decay, before, dh_t = rows[: len(ap)], rows[len(ap) : len(ap) + len(hp)], rows[len(ap) + len(hp) :]
+            u = plus(tuple(plane.astype(jnp.float32) for plane in dh_t), carries)
+            slope = times(u, tuple(plane.astype(jnp.float32) for plane in before), len(ap))
+            if kind is not None:
+                slope = tuple(jnp.where(kind == CONTINUE, plane, 0.0) for plane in slope)
+            return times(kept(decay, kind), u), slope + real(u, kind)[:num_dx]
 
         return step
 
-    chunks = None if division.num_chunks == 1 else _summaries(a, dh, kinds, division, not reverse, premultiplied=True)
-    streams = [Stream(a), Stream(h, 1 if reverse else -1, h0[:, None]), Stream(dh)]
-    (da, dx), (last,) = scan(
-        "linear_scan_adjoint",
-        token,
-        streams,
-        kinds,
-        [dh_last],
-        [],
-        [a.dtype, x_dtype],
-        division,
-        reverse=not reverse,
-        summary=chunks,
+    starts, chunks = _starts(a, dh, dh_last, kinds, division, not reverse, premultiplied=True)
+    earlier = 1 if reverse else -1
+    streams = [Stream(plane) for plane in ap]
+    streams += [Stream(plane, earlier, state[:, None]) for plane, state in zip(hp, sp, strict=True)]
+    streams += [Stream(plane) for plane in dp]
+    results, last = scan(
+        "linear_scan_adjoint", token, streams, kinds, starts, [], outputs, division, reverse=not reverse, summary=chunks
     )
-    return da, dx, last[:, -1]
+    return whole(tuple(results[: len(ap)])), whole(tuple(results[len(ap) :])), whole(tuple(last))[:, -1]
 
 
 def summary(a: Array, x: Array, kinds: Array | None, *, reverse: bool, premultiplied: bool) -> tuple[Array, Array]:
-    """The product of all decays and the state after the last token from a zero state, each [b, d] float32.
+    """The product of all decays and the state after the last token from a zero state, each [b, d] float32 (complex64).
 
     `premultiplied` is the recurrence of the adjoint's carry, c -> a_t (x_t + c) in place of a_t c + x_t.
     """
-    division = plan(x.shape, a.dtype.itemsize + x.dtype.itemsize, splits_cost=False)
+    division = plan(x.shape, _width([*planes_of(a), *planes_of(x)], []), splits_cost=False)
     return fold(*_summaries(a, x, kinds, division, reverse, premultiplied=premultiplied))
 
 
@@ -109,29 +120,47 @@ def _summaries(
     a: Array, x: Array, kinds: Array | None, division: Plan, reverse: bool, *, premultiplied: bool
 ) -> tuple[Array, Array]:
     """`summary` of every chunk, each [b, n, d] in scan order."""
+    ap, xp = planes_of(a), planes_of(x)
+    num_added = max(len(ap), len(xp))
 
     def token(constants: Rows) -> Token:
         def step(carries: Rows, kind: Array | None, rows: Rows) -> tuple[Rows, Rows]:
-            decay = kept(rows[0], kind)
+            decay, state = kept(rows[: len(ap)], kind), carries[len(ap) :]
+            value = tuple(plane.astype(jnp.float32) for plane in rows[len(ap) :])
             # At padding the adjoint's own input still counts: h there repeats the state.
-            added = (
-                decay * (rows[1].astype(jnp.float32) + carries[1])
-                if premultiplied
-                else (decay * carries[1] + real(rows[1], kind))
-            )
-            return (decay * carries[0], added), ()
+            added = times(decay, plus(value, state)) if premultiplied else plus(times(decay, state), real(value, kind))
+            return times(decay, carries[: len(ap)]) + added, ()
 
         return step
 
-    _, (decay, added) = scan(
-        "linear_scan_summary",
-        token,
-        [Stream(a), Stream(x)],
-        kinds,
-        identity_and_zero(division),
-        [],
-        [],
-        division,
-        reverse=reverse,
-    )
-    return decay, added
+    # No decay yet, nothing added yet.
+    starts = [jnp.full(division.d, 1.0 if i == 0 else 0.0, jnp.float32) for i in range(len(ap) + num_added)]
+    streams = [Stream(plane) for plane in (*ap, *xp)]
+    _, last = scan("linear_scan_summary", token, streams, kinds, starts, [], [], division, reverse=reverse)
+    return whole(tuple(last[: len(ap)])), whole(tuple(last[len(ap) :]))
+
+
+def _starts(
+    a: Array, x: Array, state: Array, kinds: Array | None, division: Plan, reverse: bool, *, premultiplied: bool
+) -> tuple[list[Array], tuple[Array, Array] | None]:
+    """The states that `scan` begins with, and the chunks' summaries where it finds those of later chunks itself."""
+    if division.num_chunks == 1:
+        return list(planes_of(state)), None
+    decay, added = _summaries(a, x, kinds, division, reverse, premultiplied=premultiplied)
+    if not jnp.iscomplexobj(state):
+        return [state], (decay, added)
+    entering = []
+    for i in range(division.num_chunks):
+        entering.append(state)
+        state = decay[:, i] * state + added[:, i]
+    return list(planes_of(jnp.stack(entering, axis=1))), None
+
+
+def _part(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of a complex number's parts; a real one's own."""
+    return jnp.finfo(dtype).dtype
+
+
+def _width(arrays: list[Array], outputs: list[jnp.dtype]) -> int:
+    """Bytes of one token of one channel in shared memory."""
+    return sum(array.dtype.itemsize for array in arrays) + sum(dtype.itemsize for dtype in outputs)

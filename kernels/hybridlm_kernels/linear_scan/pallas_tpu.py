@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 
 from hybridlm_kernels import tpu_scan
 from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.planes import Planes, planes_of, times, whole, widen
 from hybridlm_kernels.segments import CONTINUE, PADDING
-from hybridlm_kernels.tpu_scan import ABSENT, Before, Planes, Refs
+from hybridlm_kernels.tpu_scan import ABSENT, Before, Refs
 
 DTYPES = ("bfloat16", "float32", "complex64")
 
@@ -34,7 +35,7 @@ def forward(
 ) -> tuple[Array, Array]:
     """h_t = a_t h_{t-1} + x_t: h [b, t, d] in the operands' dtype and the last state [b, d]."""
     dtype = jnp.result_type(a, x)
-    ap, xp, hp = planes_of(a, a.dtype), planes_of(x, x.dtype), planes_of(h0[:, None], carry_dtype(dtype))
+    ap, xp, hp = planes_of(a), planes_of(x), planes_of(h0[:, None].astype(carry_dtype(dtype)))
     h_like = out_planes(x.shape, dtype, a, x, h0)
     tiles = tpu_scan.tiling((*ap, *xp, *h_like), scratch=len(ap) + len(hp), backward=reverse)
     kinds = tiles.lay_out(kinds)
@@ -65,7 +66,7 @@ def _forward_kernel(
             kind = tpu_scan.kinds_of(spread, first, at)
             tpu_scan.store(decays, slot, at, tpu_scan.kept(tpu_scan.load(a, first, at), kind))
             value = tpu_scan.masked(tpu_scan.load(x, first, at), kind, PADDING)
-            tpu_scan.store(values, slot, at, tpu_scan.widen(value, len(h)))
+            tpu_scan.store(values, slot, at, widen(value, len(h)))
         state = tpu_scan.scan_rows(tpu_scan.forwards, decays, values, slot, state, reverse)
         for at in tpu_scan.lane_slices(x):
             tpu_scan.store(h, first, at, tpu_scan.load(values, slot, at))
@@ -81,9 +82,9 @@ def adjoint(
     *, reverse: bool, x_dtype: jnp.dtype, interpret: Any = False,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """u_t = dh_t + a_{t+1} u_{t+1}, dx_t = u_t, da_t = u_t h_{t-1}, and what reaches h0, [b, d]."""
-    ap, hp, dp = planes_of(a, a.dtype), planes_of(h, h.dtype), planes_of(dh, h.dtype)
+    ap, hp, dp = planes_of(a), planes_of(h), planes_of(dh.astype(h.dtype))
     carried = carry_dtype(h.dtype)
-    sp, cp = planes_of(h0[:, None], carried), planes_of(dh_last[:, None], carried)
+    sp, cp = planes_of(h0[:, None].astype(carried)), planes_of(dh_last[:, None].astype(carried))
     like = (a, h, h0, dh, dh_last)
     da_like, dx_like = out_planes(h.shape, a.dtype, *like), out_planes(h.shape, x_dtype, *like)
     tiles = tpu_scan.tiling((*ap, *hp, *dp, *da_like, *dx_like), scratch=len(ap) + len(hp), backward=not reverse)
@@ -127,7 +128,7 @@ def _adjoint_kernel(
         for at in tpu_scan.lane_slices(h):
             kind, u = tpu_scan.kinds_of(spread, first, at), tpu_scan.load(values, slot, at)
             tpu_scan.store(dx, first, at, tpu_scan.masked(u, kind, PADDING))
-            slope = tpu_scan.times(u, before(first, at), len(da))
+            slope = times(u, before(first, at), len(da))
             tpu_scan.store(da, first, at, tpu_scan.masked(slope, kind, CONTINUE + 1))
         return state
 
@@ -141,7 +142,7 @@ def summary(
 ) -> tuple[Array, Array]:
     """What all of time does to a state s: s -> decay s + added, both [b, d]; `premultiplied`: s <- a_t (s + x_t)."""
     dtype = jnp.result_type(a, x)
-    ap, xp = planes_of(a, a.dtype), planes_of(x, x.dtype)
+    ap, xp = planes_of(a), planes_of(x)
     b, _, d = x.shape
     states = out_planes((b, 1, d), carry_dtype(dtype), a, x)
     tiles = tpu_scan.tiling((*ap, *xp), scratch=len(ap) + len(states), backward=reverse)
@@ -174,26 +175,16 @@ def _summary_kernel(
             kind = tpu_scan.kinds_of(spread, first, at)
             tpu_scan.store(decays, slot, at, tpu_scan.kept(tpu_scan.load(a, first, at), kind))
             value = tpu_scan.masked(tpu_scan.load(x, first, at), kind, ABSENT if premultiplied else PADDING)
-            tpu_scan.store(values, slot, at, tpu_scan.widen(value, len(added)))
+            tpu_scan.store(values, slot, at, widen(value, len(added)))
         return tpu_scan.scan_rows(step, decays, values, slot, carry, reverse)
 
     tpu_scan.over_groups(x[0].shape[0], reverse, group, (*decay, *added))
-
-
-def planes_of(array: Array, dtype: jnp.dtype) -> Planes:
-    """`array` as `dtype`: (value,), or (real part, imaginary part)."""
-    array = array.astype(dtype)
-    return (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
 
 
 def out_planes(shape: tuple[int, ...], dtype: jnp.dtype, *like: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return (out_struct(shape, jnp.float32, *like),) * 2
     return (out_struct(shape, dtype, *like),)
-
-
-def whole(planes: Planes) -> Array:
-    return lax.complex(*planes) if len(planes) == 2 else planes[0]
 
 
 def carry_dtype(dtype: jnp.dtype) -> jnp.dtype:

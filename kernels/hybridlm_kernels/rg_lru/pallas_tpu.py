@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 
 from hybridlm_kernels import tpu_scan
 from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.planes import Planes
 from hybridlm_kernels.segments import CONTINUE, PADDING, RESET
-from hybridlm_kernels.tpu_scan import ABSENT, Before, Planes
+from hybridlm_kernels.tpu_scan import ABSENT, Before
 
 DTYPES = ("bfloat16", "float32")
 FORGET = -1e4  # a log decay whose exponential is 0
