@@ -193,15 +193,17 @@ def rg_lru_loop(x, gate_a, gate_x, rate, h0, kinds):
     return jnp.moveaxis(h, 0, 1), state
 
 
-def check_rg_lru(inputs, ids, dtype=jnp.float32, forward=FORWARD_TOLERANCE, gradient=GRADIENT_TOLERANCE):
+def check_rg_lru(
+    inputs, ids, dtype=jnp.float32, forward=FORWARD_TOLERANCE, gradient=GRADIENT_TOLERANCE, interpret=True
+):
     *tokens, rate, h0, dh, dh_last = inputs
     kinds = kinds_of(ids)
     tokens, dh = [single(v, dtype) for v in tokens], single(dh, dtype)
     rate, h0, dh_last = map(single, (rate, h0, dh_last))
-    h, last = rg_lru.forward(*tokens, rate, h0, kinds, interpret=True)
-    gradients = rg_lru.adjoint(*tokens, rate, h, h0, dh, dh_last, kinds, interpret=True)
-    decay, added = rg_lru.summary(*tokens, rate, kinds, interpret=True)
-    back_decay, back_added = rg_lru.adjoint_summary(tokens[1], rate, dh, kinds, interpret=True)
+    h, last = rg_lru.forward(*tokens, rate, h0, kinds, interpret=interpret)
+    gradients = rg_lru.adjoint(*tokens, rate, h, h0, dh, dh_last, kinds, interpret=interpret)
+    decay, added = rg_lru.summary(*tokens, rate, kinds, interpret=interpret)
+    back_decay, back_added = rg_lru.adjoint_summary(tokens[1], rate, dh, kinds, interpret=interpret)
     assert all(g.dtype == dtype for g in (h, *gradients[:3]))
     with jax.enable_x64(True):
         known = jnp.zeros(h.shape[:2]) if kinds is None else kinds
@@ -251,11 +253,15 @@ def test_rg_lru_ignores_what_stands_at_padding(rng, small_blocks):
         np.testing.assert_array_equal(dirty, clean)
 
 
-def test_blocks_are_visited_in_order_and_without_races(rng, small_blocks):
+@pytest.mark.parametrize("op", ["linear_scan", "rg_lru"])
+def test_blocks_are_visited_in_order_and_without_races(rng, small_blocks, op):
     """As on a TPU of two cores: uninitialised memory is NaN, and reads outside an array are errors."""
     try:
         interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-        check_scan(scan_inputs(rng, shape=(1, 64, 128)), None, False, interpret=interpret)
+        if op == "linear_scan":
+            check_scan(scan_inputs(rng, shape=(1, 64, 128)), None, False, interpret=interpret)
+        else:
+            check_rg_lru(rg_lru_inputs(rng, (1, 64, 128)), SEGMENTS[1:2, :64], interpret=interpret)
     finally:
         pltpu.reset_tpu_interpret_mode_state()
 
