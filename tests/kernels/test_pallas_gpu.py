@@ -253,7 +253,9 @@ def test_few_sequences_are_split_over_time_and_many_are_not() -> None:
     [
         ("float32", 128, None, "needs a Hopper GPU"),
         ("float32", 128, 8.0, "needs a Hopper GPU"),
-        ("complex64", 128, 9.0, "complex"),
+        ("complex64", 128, 9.0, None),
+        ("complex64", 3, 9.0, "16 bytes"),
+        ("complex128", 128, 9.0, "complex128"),
         ("float16", 128, 9.0, "float16"),
         ("bfloat16", 36, 9.0, "16 bytes"),
         ("bfloat16", 40, 9.0, None),
