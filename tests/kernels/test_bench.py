@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hybridlm_kernels.bench import __main__ as bench
 from hybridlm_kernels.bench import measure, oracles, record, static_gpu, static_tpu
 from hybridlm_kernels.bench.__main__ import main
 from hybridlm_kernels.bench.cases import BOTH, CASES, FORWARD, Floor, Workload
@@ -283,3 +285,21 @@ def test_without_the_gpu_compiler_one_line_says_what_to_install(
     monkeypatch.setattr(static_gpu, "missing", lambda: f"{static_gpu.INSTALL}: no plugin\nand a stack trace")
     assert main(["linear_scan", "--device", "static-gpu:h200"]) == 2
     assert capsys.readouterr().err == f"bench: --device: {static_gpu.INSTALL}: no plugin\n"
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", ".", "text.jsonl"])
+def test_what_is_no_results_file_is_one_line(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.jsonl").write_text("hello\n")
+    monkeypatch.setattr(sys, "argv", ["record", str(tmp_path / name)])
+    assert record.main() == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("record: name one file of the bench's results") and err.count("\n") == 1
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", interrupted)
+    assert bench.main(["linear_scan"]) == 130
+    assert "Traceback" not in capsys.readouterr().err

@@ -32,12 +32,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """0, or 1 when an implementation is wrong or does not compile, or 2 when the command line is wrong."""
+    """0; 1 when an implementation is wrong or does not compile; 2 for a wrong command line; 130 after Ctrl-C."""
     try:
         return run(parse(words))
     except UsageError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"bench: --out: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted; the rows printed so far are in the file", file=sys.stderr)
+        return 130
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:

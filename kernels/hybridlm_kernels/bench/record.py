@@ -124,5 +124,16 @@ def _cell(form: str, row: Row) -> str:
         return "-"
 
 
+def main() -> int:
+    """Prints the table of the file named on the command line; 2 where there is none to read."""
+    try:
+        [name] = sys.argv[1:]
+        print(table(read(Path(name))))
+    except (OSError, ValueError, KeyError) as error:  # of JSON or columns, when it is another kind of file
+        print(f"record: name one file of the bench's results: {error!r}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    print(table(read(Path(sys.argv[1]))))
+    sys.exit(main())
