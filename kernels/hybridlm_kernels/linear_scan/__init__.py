@@ -105,19 +105,6 @@ def scan(
     return _scan(a, x, h0, kinds, tier, reverse, x.dtype, None)
 
 
-def _plain_scan(
-    a: Array,
-    x: Array,
-    h0: Array,
-    kinds: Array | None,
-    tier: Tier,
-    reverse: bool,
-    x_dtype: jnp.dtype,
-    axis: Axis | None,
-) -> tuple[Array, Array]:
-    return _scan_fwd(a, x, h0, kinds, tier, reverse, x_dtype, axis)[0]
-
-
 def _scan_fwd(
     a: Array,
     x: Array,
@@ -157,5 +144,5 @@ def _scan_bwd(
     return da, dx, dh0, None
 
 
-_scan = jax.custom_vjp(_plain_scan, nondiff_argnums=(4, 5, 6, 7))
+_scan = jax.custom_vjp(lambda *operands: _scan_fwd(*operands)[0], nondiff_argnums=(4, 5, 6, 7))
 _scan.defvjp(_scan_fwd, _scan_bwd)

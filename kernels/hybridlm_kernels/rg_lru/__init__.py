@@ -37,7 +37,7 @@ def rg_lru(
 
     Returns all states h, in the dtype of `x`, and the last one in float32 (float64 if an operand is). The gates come
     before their sigmoid, bias included; `decay` is the paper's Lambda, `scale` its c. `h0` is the state before the
-    first token, zeros when None. Gates are best float32: bfloat16 costs several percent of the output.
+    first token, zeros when None.
 
     A document's first token starts from a zero state and takes its input whole, its root being 1: the tokens at
     position 0 of `positions`, counted within the document; where those are None, the first of every segment, and of the
@@ -140,12 +140,6 @@ def _composed(
     return h.astype(x.dtype), h_last
 
 
-def _plain(
-    x: Array, gate_a: Array, gate_x: Array, rate: Array, h0: Array, kinds: Array, tier: Tier, axis: Axis | None
-) -> tuple[Array, Array]:
-    return _fused_fwd(x, gate_a, gate_x, rate, h0, kinds, tier, axis)[0]
-
-
 def _fused_fwd(
     x: Array, gate_a: Array, gate_x: Array, rate: Array, h0: Array, kinds: Array, tier: Tier, axis: Axis | None
 ) -> tuple[tuple[Array, Array], Residuals]:
@@ -171,5 +165,5 @@ def _fused_bwd(
     return *gradients, dh0, None
 
 
-_fused = jax.custom_vjp(_plain, nondiff_argnums=(6, 7))
+_fused = jax.custom_vjp(lambda *operands: _fused_fwd(*operands)[0], nondiff_argnums=(6, 7))
 _fused.defvjp(_fused_fwd, _fused_bwd)

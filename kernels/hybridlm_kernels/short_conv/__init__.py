@@ -103,7 +103,8 @@ def _on_shard(
     x, w, bias, held, segment_ids = align_varying(x, w, bias, held, segment_ids)
     if x.shape[1] == 1 and cut is None:
         return chunked.one_token(x, w, bias, held, segment_ids, activation)
-    halo = None if cut is None and state is None else held
+    # Kernels read earlier inputs in any case, if only zeros; plain JAX is spared the work.
+    halo = None if cut is None and state is None and tier.impl == "chunked" else held
     if segment_ids is None:
         y = _convolve(x, w, bias, halo, None, tier, activation)
         recent = x[:, max(0, x.shape[1] - num_held) :].astype(dtype)
@@ -116,20 +117,6 @@ def _on_shard(
     return y, new if cut is None else of_last_real_device(new, segment_ids, cut)
 
 
-def _plain_convolve(
-    x: Array,
-    w: Array,
-    bias: Array | None,
-    halo: Array | None,
-    reach: Array | None,
-    tier: Tier,
-    activation: str | None,
-) -> Array:
-    if halo is None and tier.impl != "chunked":  # kernels read a halo in any case
-        halo = jnp.zeros_like(x, shape=(x.shape[0], w.shape[0] - 1, x.shape[2]), dtype=jnp.float32)
-    return tier.forward(x, w, bias, halo, reach, activation=activation)
-
-
 def _convolve_fwd(
     x: Array,
     w: Array,
@@ -139,22 +126,19 @@ def _convolve_fwd(
     tier: Tier,
     activation: str | None,
 ) -> tuple[Array, Residuals]:
-    return _plain_convolve(x, w, bias, halo, reach, tier, activation), (x, w, bias, halo, reach)
+    return tier.forward(x, w, bias, halo, reach, activation=activation), (x, w, bias, halo, reach)
 
 
 def _convolve_bwd(
     tier: Tier, activation: str | None, residuals: Residuals, dy: Array
 ) -> tuple[Array, Array, Array | None, Array | None, None]:
     x, w, bias, halo, reach = residuals
-    read = halo
-    if halo is None and tier.impl != "chunked":
-        read = jnp.zeros_like(x, shape=(x.shape[0], w.shape[0] - 1, x.shape[2]), dtype=jnp.float32)
-    dx, dw, dbias, dhalo = tier.adjoint(x, w, bias, read, reach, dy, activation=activation)
+    dx, dw, dbias, dhalo = tier.adjoint(x, w, bias, halo, reach, dy, activation=activation)
     dbias = None if bias is None else dbias.astype(bias.dtype)
     dhalo = None if halo is None else dhalo.astype(halo.dtype)
     return dx, dw.astype(w.dtype), dbias, dhalo, None
 
 
 # The inputs are the only residuals: automatic differentiation would keep one shifted copy of x per tap.
-_convolve = jax.custom_vjp(_plain_convolve, nondiff_argnums=(5, 6))
+_convolve = jax.custom_vjp(lambda *operands: _convolve_fwd(*operands)[0], nondiff_argnums=(5, 6))
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
