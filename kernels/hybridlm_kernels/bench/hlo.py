@@ -1,7 +1,6 @@
 """Reads a compiled TPU program (HLO text): which operations run, how often, and what each moves through HBM."""
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -47,6 +46,7 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
+        self._likenesses: dict[str, str] = {}
         self.unknown_loops = 0
         """Loops whose number of runs is not in the program: their bodies are counted once."""
         entry, current = "", {}
@@ -130,8 +130,12 @@ class Program:
         body = self._body_likeness(_called(i, "calls")) if "calls=" in i.attributes else ""
         return f"{i.result} {i.opcode}({', '.join(operands)}){attributes}{body}"
 
-    @functools.cache  # noqa: B019 -- a Program is short-lived
     def _body_likeness(self, computation: str) -> str:
+        if computation not in self._likenesses:
+            self._likenesses[computation] = self._spell_out(computation)
+        return self._likenesses[computation]
+
+    def _spell_out(self, computation: str) -> str:
         order = {name: str(n) for n, name in enumerate(self.computations[computation])}
         return ";".join(
             f"{i.result} {i.opcode}({','.join(order.get(name, name) for name in i.operands)})"
