@@ -96,15 +96,15 @@ def pass_on(decay: Array, added: Array, state: Array, axis: Axis, reverse: bool)
     """The state that enters this device's stretch of time, and the state after the last stretch, [b, d] each.
 
     A stretch turns a state s into `decay` s + `added`, [b, d]; `state` is what enters the first one. One all-gather of
-    [p, b, d]; every device then composes what lies before it. `reverse`: time runs from the last device to the first.
+    [p, 2, b, d]; every device then composes what lies before it. `reverse`: time runs from the last device on.
     """
-    decays, addeds = gather_equal(decay, axis), gather_equal(added, axis)
-    num, me = decays.shape[0], lax.axis_index(axis)
+    stretches = gather_equal(jnp.stack([decay.astype(added.dtype), added]), axis)  # p 2 b d
+    num, me = stretches.shape[0], lax.axis_index(axis)
     entering = []
     for i in range(num):
         j = num - 1 - i if reverse else i
         entering.append(state)
-        state = decays[j] * state + addeds[j]
+        state = stretches[j, 0] * state + stretches[j, 1]
     at = num - 1 - me if reverse else me
     return lax.dynamic_index_in_dim(jnp.stack(entering), at, keepdims=False), state
 

@@ -97,6 +97,15 @@ def test_a_cut_sequence_equals_one_device(op, packed, with_state, num):
             assert shape and str(T) not in shape[1].split(","), line
 
 
+def test_one_all_gather_passes_the_states_on():
+    mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        a, x = (place(mesh, v) for v in operands("linear_scan")[:2])
+        text = jax.jit(linear_scan).lower(a, x).compile().as_text()
+    assert len(re.findall(r" all-gather\(", text)) == 1
+    assert "collective-permute" not in text and "all-reduce" not in text
+
+
 def test_a_mesh_of_batch_time_and_channels_equals_one_device():
     arrays, ids = operands("rg_lru"), jnp.asarray(IDS)
     want = values_and_gradients("rg_lru", ids, True, False, *arrays)
