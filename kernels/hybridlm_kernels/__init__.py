@@ -6,7 +6,9 @@
 >>> print(explain("linear_scan", a, x))                     # which implementation runs, and why
 """
 
+from hybridlm_kernels.debug import check_values
 from hybridlm_kernels.dispatch import IMPLS, OPS, Explanation, UnsupportedKernel, explain, interpret_pallas
+from hybridlm_kernels.linear_attention import gated_delta_rule, gated_linear_attention
 from hybridlm_kernels.linear_scan import linear_scan
 from hybridlm_kernels.rg_lru import rg_lru
 from hybridlm_kernels.short_conv import short_conv
@@ -16,7 +18,10 @@ __all__ = [
     "OPS",
     "Explanation",
     "UnsupportedKernel",
+    "check_values",
     "explain",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "interpret_pallas",
     "linear_scan",
     "rg_lru",

@@ -21,8 +21,15 @@ from hybridlm_kernels.shards import left_to_compiler
 from hybridlm_kernels.target import Target, target_of
 
 IMPLS = ("auto", "reference", "chunked", "pallas_tpu", "pallas_gpu")
-OPS = ("linear_scan", "rg_lru", "short_conv")
-"""Each a package of its own, whose modules `pallas_tpu` and `pallas_gpu` are the kernels."""
+PACKAGES = {
+    "linear_scan": "linear_scan",
+    "rg_lru": "rg_lru",
+    "short_conv": "short_conv",
+    "gated_linear_attention": "linear_attention",
+    "gated_delta_rule": "linear_attention",
+}
+"""Where an operation lives; the modules `pallas_tpu` and `pallas_gpu` of its package are the kernels."""
+OPS = tuple(PACKAGES)
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 NOT_YET_RUN = {"pallas_gpu": "is compiled and interpreted in tests but has not run on a GPU yet: ask for it by name"}
 """What serves when named, and "auto" leaves alone."""
@@ -79,7 +86,7 @@ class Tier:
 
 def tier_module(op: str, impl: str) -> Any:
     """Imported when needed: Pallas takes a second, and each backend of it other libraries."""
-    return importlib.import_module(f"hybridlm_kernels.{op}.{impl}")
+    return importlib.import_module(f"hybridlm_kernels.{PACKAGES[op]}.{impl}")
 
 
 @contextlib.contextmanager
@@ -179,9 +186,9 @@ def check_operand(name: str, array: Array, shape: tuple[int, ...], dims: str, al
         raise ValueError(f"{name}: dtype {array.dtype.name} must be one of {', '.join(known)}")
 
 
-def check_sequence(name: str, array: Array) -> None:
-    """Raises ValueError unless `array` is [batch, time, channels] with at least one time step."""
-    if array.ndim != 3:
-        raise ValueError(f"{name}: shape {array.shape} must be [batch, time, channels]")
+def check_sequence(name: str, array: Array, dims: str = "[batch, time, channels]") -> None:
+    """Raises ValueError unless `array` has as many axes as `dims` names, with at least one time step in axis 1."""
+    if array.ndim != dims.count(",") + 1:
+        raise ValueError(f"{name}: shape {array.shape} must be {dims}")
     if array.shape[1] == 0:
         raise ValueError(f"{name}: shape {array.shape} has no time step; at least one token is needed")

@@ -23,13 +23,14 @@ def local(
     operands: Sequence[tuple[Array | None, str]],
     results: Sequence[str],
     sequence_axis: Axis | None = None,
+    whole: str = "",
 ) -> tuple[Array, ...]:
     """`function(*operands, sequence_axis=)` run by every device on its own shard; nothing that is sharded is gathered.
 
     Each operand comes with one letter per axis, such as "btd"; `results` names the axes of what comes back. The first
-    operand decides how a letter is sharded and the others are resharded to agree. Without sharded operands, with
-    automatic axes, or inside a `jax.shard_map`, this is a plain call. `sequence_axis` is None where a device holds all
-    of time.
+    operand decides how a letter is sharded and the others are resharded to agree; every device holds all of the axes
+    that `whole` names. Without sharded operands, with automatic axes, or inside a `jax.shard_map`, this is a plain
+    call. `sequence_axis` is None where a device holds all of time.
     """
     arrays = [array for array, _ in operands]
     mesh, explicit = _explicit_mesh(arrays)
@@ -37,17 +38,17 @@ def local(
         return function(*arrays, sequence_axis=sequence_axis)
     leader, letters = operands[0]
     assert leader is not None, "the first operand decides the sharding"
-    of_letter = dict(zip(letters, _spec(leader), strict=True))
+    of_letter = {n: s for n, s in zip(letters, _spec(leader), strict=True) if n not in whole}
     over_time = of_letter.get("t")
     if over_time is not None:
         if sequence_axis not in (None, over_time):
             raise ValueError(f"sequence_axis={sequence_axis!r}: x has its time axis over {over_time!r}; leave it out")
         if num_devices(over_time, mesh) == 1:  # nothing to exchange
-            whole = [(array if array is None else _without(array, over_time, mesh), names) for array, names in operands]
+            uncut = [(array if array is None else _without(array, over_time, mesh), names) for array, names in operands]
             cut = {"t": over_time}
             return tuple(
                 _reshard(y, mesh, PartitionSpec(*(cut.get(n, s) for n, s in zip(names, _spec(y), strict=True))))
-                for y, names in zip(local(function, whole, results), results, strict=True)
+                for y, names in zip(local(function, uncut, results, whole=whole), results, strict=True)
             )
         sequence_axis = over_time
 
@@ -92,19 +93,31 @@ def num_devices(axis: Axis, mesh: AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
 
 
-def pass_on(decay: Array, added: Array, state: Array, axis: Axis, reverse: bool) -> tuple[Array, Array]:
-    """The state that enters this device's stretch of time, and the state after the last stretch, [b, d] each.
+def pass_on(
+    decay: Array,
+    added: Array,
+    state: Array,
+    axis: Axis,
+    reverse: bool,
+    apply: Callable[[Array, Array], Array] = jnp.multiply,
+) -> tuple[Array, Array]:
+    """The state that enters this device's stretch of time, and the state after the last stretch, [b, ...] both.
 
-    A stretch turns a state s into `decay` s + `added`, [b, d]; `state` is what enters the first one. One all-gather of
-    [p, 2, b, d]; every device then composes what lies before it. `reverse`: time runs from the last device on.
+    A stretch turns a state s into `apply(decay, s) + added`; `state` is what enters the first one. One all-gather of
+    decays and additions together; every device then composes what lies before it. `reverse`: time runs from the last
+    device on.
     """
-    stretches = gather_equal(jnp.stack([decay.astype(added.dtype), added]), axis)  # p 2 b d
+    rows = added.shape[0]
+    flat = [x.astype(added.dtype).reshape(rows, -1) for x in (decay, added)]
+    stretches = gather_equal(jnp.concatenate(flat, axis=1), axis)  # p b *
     num, me = stretches.shape[0], lax.axis_index(axis)
+    decays = stretches[..., : flat[0].shape[1]].reshape(num, *decay.shape)
+    additions = stretches[..., flat[0].shape[1] :].reshape(num, *added.shape)
     entering = []
     for i in range(num):
         j = num - 1 - i if reverse else i
         entering.append(state)
-        state = stretches[j, 0] * state + stretches[j, 1]
+        state = apply(decays[j], state) + additions[j]
     at = num - 1 - me if reverse else me
     return lax.dynamic_index_in_dim(jnp.stack(entering), at, keepdims=False), state
 

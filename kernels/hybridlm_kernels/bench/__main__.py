@@ -50,9 +50,15 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("op", metavar="OP", help="linear_scan, rg_lru, short_conv")
+    parser.add_argument("op", metavar="OP", help="linear_scan, rg_lru, short_conv, gated_linear_attention, ...")
     parser.add_argument("--device", metavar="DEVICE", help=f"{', '.join(DEVICES)}; the one at hand unless given")
-    parser.add_argument("--shape", nargs="+", type=shape, metavar="B,T,D", help="batch, time, channels")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        type=shape,
+        metavar="B,T,D",
+        help="batch, time, channels; B,T,H,K,V of what has heads: key and value dims",
+    )
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="bfloat16, float32; both unless given")
     parser.add_argument("--impl", nargs="+", metavar="IMPL", help="all that run on the device unless given")
     passes = parser.add_mutually_exclusive_group()
@@ -67,11 +73,11 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def shape(text: str) -> tuple[int, int, int]:
+def shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} must be three positive numbers, as in 1,8192,2560")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be positive numbers, as in 1,8192,2560")
+    return tuple(map(int, parts))
 
 
 def one_of(what: str, word: str, known: Iterable[str]) -> None:
@@ -91,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
         one_of("--dtype", dtype, cases.DTYPES)
     for impl in args.impl or ():
         one_of("--impl", impl, case.implementations())
+    for shape in args.shape or ():
+        if len(shape) != case.dims.count(",") + 1:
+            raise UsageError(f"--shape: {','.join(map(str, shape))!r} must be {case.dims} for {case.op}")
     passes = [cases.FORWARD] * (not args.backward) + [cases.BOTH] * (not args.forward)
     kind, _, model = (args.device or "").partition(":")
     path, made, count = args.out or record.default_file(), record.provenance(), 0

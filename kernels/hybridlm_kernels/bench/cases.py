@@ -1,5 +1,5 @@
 """The operations that the bench knows: random operands, floors, oracle, implementations, peers. A new operation adds a
-`Case`. Letters: b batch, t time, d channels, w taps.
+`Case`. Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim.
 """
 
 import dataclasses
@@ -15,15 +15,30 @@ import hybridlm_kernels as kernels
 from hybridlm_kernels.bench import oracles, peers
 from hybridlm_kernels.dispatch import IMPLS
 
-Shape = tuple[int, int, int]  # b, t, d
+Shape = tuple[int, ...]
+"""The numbers that a case's `dims` names, batch and time first."""
 Operands = tuple[Array, ...]
 Function = Callable[..., Array]
-"""From the operands of a case to its output [b, t, d]."""
+"""From the operands of a case to its output."""
 
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)
 DTYPES = ("bfloat16", "float32")
 TAPS = 4
+CHANNEL_SHAPES: dict[str, list[Shape]] = {
+    "cpu": [(4, 1024, 256)],
+    "gpu": [(8, 4096, 2560)],
+    "tpu": [(8, 4096, 2560)],
+    "static": [(1, 8192, 2560), (1, 8192, 5632)],
+}
+HEAD_SHAPES: dict[str, list[Shape]] = {
+    "cpu": [(1, 1024, 4, 64, 64)],
+    "gpu": [(2, 8192, 16, 128, 128)],
+    "tpu": [(2, 8192, 16, 128, 128)],
+    "static": [(1, 8192, 16, 128, 128)],
+}
+CHUNK = 64
+"""Tokens of a chunk in the count of what the chunkwise form has to multiply."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +55,21 @@ class Floor:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An operation. `streams` counts the [b, t, d] arrays read and written, `flops` the operations per element of one,
-    each (forward, backward); a transcendental function counts as one."""
+    """An operation, or one form of it, with what its shapes are made of and those to take unless told."""
 
     op: str
     operands: Callable[[Array, Shape, str], Operands]
     ours: Callable[..., Array]
     oracle: Callable[..., tuple[Any, tuple[Any, ...]]]
     """From float64 operands and the output's cotangent to the output and the operands' cotangents."""
-    streams: tuple[int, int]
-    flops: tuple[int, int]
+    floors: Callable[[Shape, str], tuple[Floor, Floor]]
+    """Of the forward and of the backward pass."""
     peers: dict[str, Function]
+    dims: str = "B,T,D"
+    shapes: dict[str, list[Shape]] = dataclasses.field(default_factory=lambda: CHANNEL_SHAPES)
+    """By platform, and "static" for what is compiled only."""
+    cut: Shape = (2, 300, 4096)
+    """The largest that is compared with the oracle, a loop in NumPy. 300 tokens fill no block."""
 
     def implementations(self) -> tuple[str, ...]:
         """Every name that `function` takes: our own first, then the peers."""
@@ -60,11 +79,7 @@ class Case:
         return self.peers[impl] if impl in self.peers else partial(self.ours, impl=impl)
 
     def floor(self, shape: Shape, dtype: str, which: str) -> Floor:
-        b, t, d = shape
-        forward, backward = (
-            Floor(streams * b * t * d * jnp.dtype(dtype).itemsize, flops * b * t * d)
-            for streams, flops in zip(self.streams, self.flops, strict=True)
-        )
+        forward, backward = self.floors(shape, dtype)
         return forward if which == FORWARD else forward + backward
 
 
@@ -127,6 +142,68 @@ def _conv_operands(key: Array, shape: Shape, dtype: str) -> Operands:
     return x.astype(dtype), w, bias
 
 
+def _qkv(key: Array, shape: Shape, dtype: str) -> tuple[Operands, Array]:
+    """Queries, keys of unit norm, values, and a key to draw what else there is."""
+    b, t, h, k, v = shape
+    now, later = jax.random.split(key)
+    q, keys, values = _normal(now, (b, t, h, k), (b, t, h, k), (b, t, h, v))
+    keys = keys * jax.lax.rsqrt(jnp.sum(keys**2, axis=-1, keepdims=True))
+    return (q.astype(dtype), keys.astype(dtype), values.astype(dtype)), later
+
+
+def _log_decay(key: Array, shape: Sequence[int]) -> Array:
+    """Half-lives from one token to seven hundred, evenly over their logarithms."""
+    return -jnp.exp(jax.random.uniform(key, shape, minval=jnp.log(1e-3), maxval=jnp.log(0.7)))
+
+
+def _attention_operands(per_channel: bool, key: Array, shape: Shape, dtype: str) -> Operands:
+    qkv, key = _qkv(key, shape, dtype)
+    b, t, h, k, _ = shape
+    return *qkv, _log_decay(key, (b, t, h, k) if per_channel else (b, t, h))
+
+
+def _delta_operands(per_channel: bool, key: Array, shape: Shape, dtype: str) -> Operands:
+    *qkv, log_decay = _attention_operands(per_channel, key, shape, dtype)
+    beta = jax.nn.sigmoid(jax.random.normal(jax.random.fold_in(key, 1), shape[:3]))
+    return *qkv, beta, log_decay
+
+
+def _per_channel(streams: tuple[int, int], flops: tuple[int, int], shape: Shape, dtype: str) -> tuple[Floor, Floor]:
+    """`streams` [b, t, d] arrays read and written and `flops` operations per element, each (forward, backward); a
+    transcendental function counts as one."""
+    elements = shape[0] * shape[1] * shape[2]
+    forward, backward = (
+        Floor(s * elements * jnp.dtype(dtype).itemsize, f * elements) for s, f in zip(streams, flops, strict=True)
+    )
+    return forward, backward
+
+
+def _per_state(gates: Callable[[int], int], erases: bool, shape: Shape, dtype: str) -> tuple[Floor, Floor]:
+    """Operands and results once; the chunkwise form's products with chunks of 64, the triangular inverse left out.
+
+    `gates` numbers of float32 per head and token. The backward pass reads the operands and the output's cotangent,
+    writes the operands' cotangents, and multiplies twice for each product of the forward pass and once more to have the
+    scores and what was written again.
+    """
+    b, t, h, k, v = shape
+    tokens, size = b * t * h, jnp.dtype(dtype).itemsize
+    scores = (2 if erases else 1) * CHUNK * k + (2 if erases else 1) * CHUNK * v
+    states = (3 if erases else 2) * k * v
+    read = (2 * k + v) * size + 4 * gates(k)
+    flops = 2 * tokens * (scores + states)
+    forward = Floor(tokens * (read + v * size), flops, flops)
+    return forward, Floor(tokens * (2 * read + v * size), 3 * flops, 3 * flops)
+
+
+def _attend(q: Array, k: Array, v: Array, log_decay: Array, impl: str) -> Array:
+    return kernels.gated_linear_attention(q, k, v, log_decay, impl=impl)[0]
+
+
+def _delta(q: Array, k: Array, v: Array, beta: Array, log_decay: Array, impl: str) -> Array:
+    return kernels.gated_delta_rule(q, k, v, beta, log_decay, impl=impl)[0]
+
+
+_HEADS: Any = {"dims": "B,T,H,K,V", "shapes": HEAD_SHAPES, "cut": (1, 150, 2, 128, 128)}
 CASES = {
     case.op: case
     for case in (
@@ -135,8 +212,7 @@ CASES = {
             _scan_operands,
             lambda a, x, impl: kernels.linear_scan(a, x, impl=impl)[0],
             oracles.linear_scan,
-            streams=(3, 5),  # a, x -> h; a, h, dh -> da, dx
-            flops=(2, 3),
+            partial(_per_channel, (3, 5), (2, 3)),  # a, x -> h; a, h, dh -> da, dx
             peers={"associative_scan": peers.associative_scan, "recurrentgemma": peers.recurrentgemma_scan},
         ),
         Case(
@@ -144,8 +220,8 @@ CASES = {
             _rg_lru_operands,
             lambda x, gate_a, gate_x, decay, impl: kernels.rg_lru(x, gate_a, gate_x, decay, impl=impl)[0],
             oracles.rg_lru,
-            streams=(4, 8),  # x, both gates -> h; x, both gates, h, dh -> dx, those of both gates
-            flops=(12, 30),
+            # x, both gates -> h; x, both gates, h, dh -> dx, those of both gates
+            partial(_per_channel, (4, 8), (12, 30)),
             peers={
                 "associative_scan": partial(peers.unfused_rg_lru, peers.associative_scan),
                 "recurrentgemma": partial(peers.unfused_rg_lru, peers.recurrentgemma_scan),
@@ -156,9 +232,44 @@ CASES = {
             _conv_operands,
             lambda x, w, bias, impl: kernels.short_conv(x, w, bias=bias, activation="silu", impl=impl)[0],
             oracles.short_conv,
-            streams=(2, 3),  # x -> y; x, dy -> dx
-            flops=(2 * TAPS + 3, 6 * TAPS + 8),
+            partial(_per_channel, (2, 3), (2 * TAPS + 3, 6 * TAPS + 8)),  # x -> y; x, dy -> dx
             peers={"lax_conv": peers.lax_conv},
+        ),
+        Case(
+            "gated_linear_attention",
+            partial(_attention_operands, False),
+            _attend,
+            oracles.gated_linear_attention,
+            partial(_per_state, lambda k: 1, False),
+            peers={},
+            **_HEADS,
+        ),
+        Case(
+            "gated_linear_attention_per_channel",
+            partial(_attention_operands, True),
+            _attend,
+            oracles.gated_linear_attention,
+            partial(_per_state, lambda k: k, False),
+            peers={"deltanet_tpu": peers.deltanet_tpu_gla},
+            **_HEADS,
+        ),
+        Case(
+            "gated_delta_rule",
+            partial(_delta_operands, False),
+            _delta,
+            oracles.gated_delta_rule,
+            partial(_per_state, lambda k: 2, True),
+            peers={"deltanet_tpu": peers.deltanet_tpu_gdn, "solve_triangular": peers.solve_triangular_delta_rule},
+            **_HEADS,
+        ),
+        Case(
+            "gated_delta_rule_per_channel",
+            partial(_delta_operands, True),
+            _delta,
+            oracles.gated_delta_rule,
+            partial(_per_state, lambda k: k + 1, True),
+            peers={"deltanet_tpu": peers.deltanet_tpu_kda},
+            **_HEADS,
         ),
     )
 }

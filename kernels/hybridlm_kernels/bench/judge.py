@@ -19,9 +19,6 @@ from hybridlm_kernels.dispatch import PLATFORMS, UnsupportedKernel
 Row = dict[str, Any]
 Settings = Iterable[tuple[Shape, str]]  # shape and dtype
 
-STATIC_SHAPES: list[Shape] = [(1, 8192, 2560), (1, 8192, 5632)]
-SHAPES: dict[str, list[Shape]] = {"cpu": [(4, 1024, 256)], "gpu": [(8, 4096, 2560)], "tpu": [(8, 4096, 2560)]}
-
 
 class Impossible(RuntimeError):
     """The device, the compiler or a package for this is not here."""
@@ -54,7 +51,7 @@ class OnDevice:
             raise Impossible(f"--device: no {platform} here: {(str(error) or 'no plugin').splitlines()[0]}") from None
         self.case, self.asked, self.status = case, impls, 0
         self.names = chosen(case, impls, self.device.platform)
-        self.shapes = SHAPES[self.device.platform]
+        self.shapes = case.shapes[self.device.platform]
 
     def rows(self, settings: Settings, passes: Sequence[str]) -> Iterator[tuple[Row, str]]:
         for shape, dtype in settings:
@@ -117,7 +114,7 @@ class OnAbsentTpu:
     def __init__(self, case: Case, impls: list[str] | None, chip: Chip):
         self.case, self.chip, self.status = case, chip, 0
         self.names = chosen(case, impls, "tpu")
-        self.shapes = STATIC_SHAPES
+        self.shapes = case.shapes["static"]
 
     def rows(self, settings: Settings, passes: Sequence[str]) -> Iterator[tuple[Row, str]]:
         workloads = [
@@ -177,7 +174,7 @@ class OnAbsentGpu:
             raise Impossible(f"--device: {reason.splitlines()[0]}")
         self.case, self.model, self.status = case, model, 0
         self.names = chosen(case, impls or ["pallas_gpu"], "gpu")
-        self.shapes = STATIC_SHAPES
+        self.shapes = case.shapes["static"]
 
     def rows(self, settings: Settings, passes: Sequence[str]) -> Iterator[tuple[Row, str]]:
         for (shape, dtype), which, name in itertools.product(settings, passes, self.names):
@@ -206,6 +203,7 @@ def chosen(case: Case, asked: list[str] | None, platform: str) -> list[str]:
 
     A peer that is not installed is left out with a note. Raises Impossible when it was asked for.
     """
+    platforms = PLATFORMS | peers.PLATFORMS
     names = []
     for name in asked or case.implementations():
         needs = peers.missing(name)
@@ -213,7 +211,7 @@ def chosen(case: Case, asked: list[str] | None, platform: str) -> list[str]:
             raise Impossible(f"--impl: {name} is not installed: {needs}")
         if needs:
             print(f"without {name}: {needs}")
-        elif asked or (name != "reference" and PLATFORMS.get(name, platform) == platform):
+        elif asked or (name != "reference" and platforms.get(name, platform) == platform):
             names.append(name)
     return names
 

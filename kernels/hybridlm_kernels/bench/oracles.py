@@ -1,6 +1,6 @@
 """Outputs and gradients in float64, token by token in NumPy, written without sight of the kernels.
 
-Letters: b batch, t time, d channels, w taps.
+Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim.
 """
 
 import numpy as np
@@ -58,6 +58,62 @@ def short_conv(x: Array, w: Array, bias: Array, dy: Array) -> tuple[Array, tuple
         dpadded[:, k : k + t] += w[k] * dbefore
         dw[k] = (padded[:, k : k + t] * dbefore).sum((0, 1))
     return before * gate, (dpadded[:, taps - 1 :], dw, dbefore.sum((0, 1)))
+
+
+def gated_linear_attention(
+    q: Array, k: Array, v: Array, log_decay: Array, do: Array
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = k^-1/2 S_t^T q_t: o and (dq, dk, dv, dg).
+
+    q, k [b, t, h, k], v [b, t, h, v], g [b, t, h] or [b, t, h, k].
+    """
+    zero = np.zeros(q.shape[:3])
+    o, (dq, dk, dv, _, dg) = _delta(q, k, v, zero, log_decay, do, writes=np.ones(q.shape[:3]))
+    return o, (dq, dk, dv, dg)
+
+
+def gated_delta_rule(
+    q: Array, k: Array, v: Array, beta: Array, log_decay: Array, do: Array
+) -> tuple[Array, tuple[Array, Array, Array, Array, Array]]:
+    """S = Diag(exp g_t) S_{t-1}, S_t = S + beta_t k_t (v_t - S^T k_t)^T, o_t = k^-1/2 S_t^T q_t: o, (dq, ..., dg)."""
+    return _delta(q, k, v, beta, log_decay, do, writes=beta)
+
+
+def _delta(
+    q: Array, k: Array, v: Array, erases: Array, g: Array, do: Array, writes: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    """u_t = writes_t v_t - erases_t S^T k_t; the fourth cotangent is that of a number that is both."""
+    scale = q.shape[-1] ** -0.5
+    per_channel = g.ndim == 4
+    decay = np.exp(g) if per_channel else np.broadcast_to(np.exp(g)[..., None], q.shape)
+    states, kept, written = [], [], []
+    state = np.zeros((*q.shape[::2][:1], *q.shape[2:], v.shape[-1]))  # b h k v
+    o = np.zeros_like(v)
+    for t in range(q.shape[1]):
+        states.append(state)
+        state = decay[:, t, :, :, None] * state
+        kept.append(state)
+        u = writes[:, t, :, None] * v[:, t] - erases[:, t, :, None] * np.einsum("bhkv,bhk->bhv", state, k[:, t])
+        written.append(u)
+        state = state + k[:, t, :, :, None] * u[:, :, None, :]
+        o[:, t] = scale * np.einsum("bhkv,bhk->bhv", state, q[:, t])
+    dq, dk, dv, dg = (np.zeros_like(x) for x in (q, k, v, decay))
+    dbeta = np.zeros_like(erases)
+    slope = np.zeros_like(state)
+    for t in reversed(range(q.shape[1])):
+        after = kept[t] + k[:, t, :, :, None] * written[t][:, :, None, :]
+        dq[:, t] = scale * np.einsum("bhkv,bhv->bhk", after, do[:, t])
+        slope = slope + scale * q[:, t, :, :, None] * do[:, t, :, None, :]
+        du = np.einsum("bhkv,bhk->bhv", slope, k[:, t])
+        seen = np.einsum("bhkv,bhk->bhv", kept[t], k[:, t])
+        dv[:, t] = writes[:, t, :, None] * du
+        dbeta[:, t] = (du * (v[:, t] - seen)).sum(-1)
+        erased = erases[:, t, :, None] * du
+        dk[:, t] = np.einsum("bhkv,bhv->bhk", slope, written[t]) - np.einsum("bhkv,bhv->bhk", kept[t], erased)
+        slope = slope - k[:, t, :, :, None] * erased[:, :, None, :]
+        dg[:, t] = (slope * states[t]).sum(-1) * decay[:, t]
+        slope = decay[:, t, :, :, None] * slope
+    return o, (dq, dk, dv, dbeta, dg if per_channel else dg.sum(-1))
 
 
 def _sigmoid(x: Array) -> Array:

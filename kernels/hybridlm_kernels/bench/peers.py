@@ -1,4 +1,7 @@
-"""Other people's ways to compute what ours do, to time beside them. Letters: b batch, t time, d channels, w taps."""
+"""Other people's ways to compute what ours do, to time beside them.
+
+Letters: b batch, t time, d channels, w taps, h heads, n chunks, c chunk, k key dim, v value dim.
+"""
 
 import importlib
 import importlib.util
@@ -12,11 +15,16 @@ from hybridlm_kernels.target import target_of
 
 RG_LRU_SCALE = 8.0  # c of De et al. 2024 (arXiv:2402.19427), section 2.4
 
+PLATFORMS = {"deltanet_tpu": "tpu"}
+"""Of the peers that run on one alone."""
+
 
 def missing(peer: str) -> str | None:
     """What to install before `peer` can run; None where it can."""
     if peer == "recurrentgemma" and importlib.util.find_spec("recurrentgemma") is None:
         return "pip install --no-deps recurrentgemma==1.0.1 'typeguard<3' einops"
+    if peer == "deltanet_tpu" and importlib.util.find_spec("deltanet_tpu") is None:
+        return "pip install --no-deps deltanet-tpu==0.3.0, on Python 3.12 or newer"
     return None
 
 
@@ -64,3 +72,52 @@ def lax_conv(x: Array, w: Array, bias: Array) -> Array:
         feature_group_count=d,
     )
     return jax.nn.silu(y + bias).astype(x.dtype)
+
+
+def deltanet_tpu_gdn(q: Array, k: Array, v: Array, beta: Array, log_decay: Array) -> Array:
+    """The gated delta rule, one decay per head, by the package deltanet-tpu. q, k [b, t, h, k], v [b, t, h, v]"""
+    return importlib.import_module("deltanet_tpu").chunk_gdn(q, k, v, log_decay, beta)
+
+
+def deltanet_tpu_kda(q: Array, k: Array, v: Array, beta: Array, log_decay: Array) -> Array:
+    """The gated delta rule, one decay per channel [b, t, h, k], by the package deltanet-tpu."""
+    return importlib.import_module("deltanet_tpu").chunk_kda(q, k, v, log_decay, beta)
+
+
+def deltanet_tpu_gla(q: Array, k: Array, v: Array, log_decay: Array) -> Array:
+    """Gated linear attention, one decay per channel [b, t, h, k], by the package deltanet-tpu."""
+    return importlib.import_module("deltanet_tpu").chunk_gla(q, k, v, log_decay)
+
+
+def solve_triangular_delta_rule(q: Array, k: Array, v: Array, beta: Array, log_decay: Array) -> Array:
+    """The gated delta rule as it is mostly written in plain JAX: all chunks of 64 at once, XLA's triangular solve, a
+    scan over states, differences of cumulative sums for decays. q, k [b, t, h, k], v [b, t, h, v], beta [b, t, h]"""
+    t, chunk, scale = q.shape[1], 64, q.shape[-1] ** -0.5
+    padding = -t % chunk
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x.astype(jnp.float32), [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, 3, 2)  # b n h c ...
+
+    qs, ks, vs, betas, g = (split(x) for x in (q, k, v, beta, log_decay))
+    total = jnp.cumsum(g, axis=-1)
+    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
+    gamma = jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf))
+    erased = jnp.tril(betas[..., None] * (ks @ jnp.swapaxes(ks, -1, -2)) * gamma, -1)
+    sides = jnp.concatenate([vs, ks * jnp.exp(total)[..., None]], axis=-1) * betas[..., None]
+    solved = jax.scipy.linalg.solve_triangular(jnp.eye(chunk) + erased, sides, lower=True, unit_diagonal=True)
+    scores = (qs @ jnp.swapaxes(ks, -1, -2)) * gamma
+
+    def one_chunk(state: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, scores, solved, total = xs
+        u = solved[..., : v.shape[-1]] - solved[..., v.shape[-1] :] @ state
+        o = (q * jnp.exp(total)[..., None]) @ state + scores @ u
+        left = jnp.exp(total[..., -1:] - total)[..., None]
+        return jnp.exp(total[..., -1])[..., None, None] * state + jnp.swapaxes(k * left, -1, -2) @ u, o
+
+    state = jnp.zeros((q.shape[0], q.shape[2], q.shape[-1], v.shape[-1]))
+    xs = tuple(jnp.moveaxis(x, 1, 0) for x in (qs, ks, scores, solved, total))
+    o = jax.lax.scan(one_chunk, state, xs)[1]  # n b h c v
+    o = jnp.moveaxis(o, (0, 3), (1, 2)).reshape(q.shape[0], -1, *v.shape[2:])
+    return (scale * o[:, :t]).astype(v.dtype)
