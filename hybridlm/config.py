@@ -17,10 +17,19 @@ from hybridlm.config_check import (
     PositiveInt,
     Range,
 )
-
-
-class Mixer(Node):
-    """Base of the configs of sequence mixers."""
+from hybridlm.config_mixers import HGRN2 as HGRN2
+from hybridlm.config_mixers import RGLRU as RGLRU
+from hybridlm.config_mixers import Attention as Attention
+from hybridlm.config_mixers import DeltaNet as DeltaNet
+from hybridlm.config_mixers import DeltaProduct as DeltaProduct
+from hybridlm.config_mixers import GatedDeltaNet as GatedDeltaNet
+from hybridlm.config_mixers import GatedLinearAttention as GatedLinearAttention
+from hybridlm.config_mixers import GatedSlotAttention as GatedSlotAttention
+from hybridlm.config_mixers import KimiDeltaAttention as KimiDeltaAttention
+from hybridlm.config_mixers import Mamba2 as Mamba2
+from hybridlm.config_mixers import Mixer as Mixer
+from hybridlm.config_mixers import RetNet as RetNet
+from hybridlm.config_mixers import SimpleGLA as SimpleGLA
 
 
 class FFN(Node):
@@ -37,47 +46,6 @@ class Optimizer(Node):
 
 class Schedule(Node):
     """Base of the configs of learning rate schedules."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RGLRU(Mixer):
-    """Griffin's recurrent block: gated short convolution and RG-LRU (De et al., 2024, arXiv:2402.19427)."""
-
-    width: PositiveInt
-    """Channels of the recurrence, about 4/3 of the model width in the paper."""
-    num_heads: PositiveInt
-    """Blocks of the block-diagonal gate matrices."""
-    conv_width: PositiveInt = 4
-    init: Literal["paper", "recurrentgemma"] = "paper"
-    """Where decays start with the gate open: `paper` in [0.9, 0.999], `recurrentgemma` in [0.9^8, 0.999^8]."""
-    bias: bool = False
-    """Biases on the three linear projections, as RecurrentGemma has them."""
-
-    def check(self) -> None:
-        if self.width % self.num_heads:
-            raise ConfigError("width", f"={self.width}: must divide by num_heads={self.num_heads}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attention(Mixer):
-    """Causal softmax attention; local when `window` is set. MQA and GQA by `num_kv_heads`."""
-
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt | None = None
-    """Model width / num_heads when absent."""
-    window: PositiveInt | None = None
-    """A token sees itself and the `window - 1` tokens before it; all of its document when absent."""
-    rope_fraction: Fraction = 1.0
-    """Share of each head that is rotated; 0 switches rotary positions off."""
-    rope_theta: PositiveFloat = 10_000.0
-    logit_soft_cap: PositiveFloat | None = None
-    qk_norm: bool = False
-    out_bias: bool = False
-
-    def check(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError("num_heads", f"={self.num_heads}: must divide by num_kv_heads={self.num_kv_heads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +255,10 @@ class Kernels(Node):
 
     rg_lru: Tier = "auto"
     short_conv: Tier = "auto"
+    gated_linear_attention: Tier = "auto"
+    gated_delta_rule: Tier = "auto"
+    check_values: bool = False
+    """Stop where a log decay is positive or a beta outside [0, 2]. For debugging: every step reads them once more."""
 
 
 @dataclass(frozen=True, kw_only=True)

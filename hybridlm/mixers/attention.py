@@ -6,6 +6,7 @@ Letters: b batch, t time, d model width, h query heads, g key-value heads, k hea
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -18,7 +19,7 @@ from hybridlm.sharding import constrain, out_sharding, param, per_device
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(k)) v per head, then W_o.
+    """softmax(q k^T / sqrt(k)) v per head, times sigmoid(W_g x) with `out_gate`, then W_o.
 
     State, a ring of s = min(window, length) tokens: `k`, `v` [b, s, g, k]; `start` [b, s] int32, where the document of
     each cached token began, counted in tokens of the row (-1: empty slot); `order` [b, s] its place in the row;
@@ -33,6 +34,7 @@ class Attention(nnx.Module):
         self.w_q = param(rngs, (d, h, k), ("embed", "heads", None), fan_in_normal(1.0))
         self.w_k = param(rngs, (d, g, k), ("embed", self.kv_axis, None), fan_in_normal(1.0))
         self.w_v = param(rngs, (d, g, k), ("embed", self.kv_axis, None), fan_in_normal(1.0))
+        self.w_g = param(rngs, (d, h, k), ("embed", "heads", None), fan_in_normal(1.0)) if cfg.out_gate else None
         self.w_o = param(rngs, (h, k, d), ("heads", None, "embed"), fan_in_normal(2.0 / context.num_layers, (0, 1)))
         self.b_o = param(rngs, (d,), (None,), nnx.initializers.zeros) if cfg.out_bias else None
         self.q_norm = RMSNorm(rngs, k, context.norm_eps) if cfg.qk_norm else None
@@ -62,6 +64,8 @@ class Attention(nnx.Module):
                 partial(attend_cached, **options), (heads, kv, kv, Segments(rows, rows), cache), (heads, cache)
             )
             o, state = local(q, k, v, segments, state)
+        if self.w_g is not None:
+            o = o * jax.nn.sigmoid(self._project(x, self.w_g, "heads"))
         y = jnp.einsum(
             "bthk,hkd->btd", o, self.w_o[...].astype(x.dtype), out_sharding=out_sharding("batch", None, None)
         )
@@ -88,7 +92,7 @@ class Attention(nnx.Module):
     @staticmethod
     def flops(cfg: config.Attention, context: Context, length: int) -> int:
         k = head_dim(cfg, context.width)
-        projections = context.width * k * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
+        projections = context.width * k * ((3 if cfg.out_gate else 2) * cfg.num_heads + 2 * cfg.num_kv_heads)
         return round(2 * (projections + 2 * cfg.num_heads * k * attended_tokens(length, cfg.window)))
 
 

@@ -3,11 +3,13 @@
 Letters: b batch, t time, d model width, v vocabulary.
 """
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from hybridlm_kernels import check_values
 from hybridlm_kernels.target import target_of
 from jaxtyping import Array, Float, Int
 
@@ -60,7 +62,8 @@ class LM(nnx.Module):
         x = x.astype(self.context.dtype)
         if self.cfg.scale_embedding:
             x = x * jnp.asarray(self.cfg.width**0.5, x.dtype)
-        x, stack_state, _, aux = self.stack(x, segments, stack_state, {})
+        with check_values() if self.context.kernels.check_values else contextlib.nullcontext():
+            x, stack_state, _, aux = self.stack(x, segments, stack_state, {})
         return self.norm(x), stack_state, aux
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

@@ -58,11 +58,19 @@ def kernels_of(config: Config, topology: Topology | None) -> list[Row]:
 
 
 def kernels_at(topology: Topology | None) -> list[Row]:
-    """Every operation at the shapes of a Griffin of 2560 channels, for who has no config at hand."""
+    """Every operation at 2560 channels or 16 heads of 128, for who has no config at hand."""
     x = jax.ShapeDtypeStruct((1, 4096, 2560), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     taps = jax.ShapeDtypeStruct((4, 2560), jnp.float32)
-    calls = {"linear_scan": (x, x), "rg_lru": (x, gate, gate), "short_conv": (x, taps)}
+    heads = jax.ShapeDtypeStruct((1, 4096, 16, 128), jnp.bfloat16)
+    per_head = jax.ShapeDtypeStruct(heads.shape[:3], jnp.float32)
+    calls = {
+        "linear_scan": (x, x),
+        "rg_lru": (x, gate, gate),
+        "short_conv": (x, taps),
+        "gated_linear_attention": (heads, heads, heads, per_head),
+        "gated_delta_rule": (heads, heads, heads, per_head, per_head),
+    }
     scope = contextlib.nullcontext()
     if topology is not None:
         scope = jax.sharding.use_abstract_mesh(topology.mesh(Mesh(data=-1)))

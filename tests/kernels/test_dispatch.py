@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from hybridlm_kernels import OPS, UnsupportedKernel, dispatch, explain, linear_scan, rg_lru, short_conv
+from hybridlm_kernels import (
+    OPS,
+    UnsupportedKernel,
+    dispatch,
+    explain,
+    gated_delta_rule,
+    gated_linear_attention,
+    linear_scan,
+    rg_lru,
+    short_conv,
+)
 from hybridlm_kernels.dispatch import PLATFORMS
 from hybridlm_kernels.target import Target, target
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
@@ -16,6 +26,8 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
 W = X[0, :3]
 H0 = X[:, 0]
 IDS = jnp.ones((4, 9), jnp.int32)
+Q = X[:, :, None] / jnp.linalg.norm(X, axis=2)[:, :, None, None]  # one head, unit norm
+DECAY = -jax.nn.sigmoid(X[:, :, :1])
 
 eight_devices = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
@@ -45,9 +57,12 @@ def calls(impl):
         "linear_scan": lambda: linear_scan(X, X, impl=impl),
         "rg_lru": lambda: rg_lru(X, X, X, W[0], impl=impl),
         "short_conv": lambda: short_conv(X, W, impl=impl),
+        "gated_linear_attention": lambda: gated_linear_attention(Q, Q, Q, DECAY, impl=impl),
+        "gated_delta_rule": lambda: gated_delta_rule(Q, Q, Q, -DECAY, DECAY, impl=impl),
     }
 
 
+TWO, THREE = (jnp.concatenate([Q] * n, axis=2) for n in (2, 3))
 TPU = Target("tpu", "TPU v5 lite")
 
 
@@ -55,11 +70,23 @@ def shapes(*shape, dtype=jnp.bfloat16, num=2):
     return [jax.ShapeDtypeStruct(shape, dtype)] * num
 
 
+def abstract_operands(op, dtype):
+    """Those of a call that the kernels serve, floating dtype aside."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    heads = [jax.ShapeDtypeStruct((2, 1024, 4, 128), dtype)] * 3
+    gate = jax.ShapeDtypeStruct((2, 1024, 4), wide)
+    return {
+        "linear_scan": shapes(2, 1024, 256, dtype=dtype),
+        "rg_lru": shapes(2, 1024, 256, dtype=dtype, num=3),
+        "short_conv": [*shapes(2, 1024, 256, dtype=dtype, num=1), jax.ShapeDtypeStruct((4, 256), wide)],
+        "gated_linear_attention": [*heads, gate],
+        "gated_delta_rule": [*heads, gate, gate],
+    }[op]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_device_gets_its_own_kernel_where_that_serves(op):
-    operands = shapes(2, 1024, 256, num=3 if op == "rg_lru" else 2)
-    if op == "short_conv":
-        operands[1] = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    operands = abstract_operands(op, jnp.bfloat16)
     on_tpu = explain(op, *operands, target=TPU)
     assert (on_tpu.impl, on_tpu.reasons) == ("pallas_tpu", ("kernel for TPU v5 lite",))
     assert explain(op, *operands, target=Target("cpu", "CPU")).impl == "chunked"
@@ -67,9 +94,7 @@ def test_a_device_gets_its_own_kernel_where_that_serves(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_a_kernel_cannot_do_takes_the_chunked_form(op):
-    operands = shapes(2, 1024, 256, dtype=jnp.float64, num=3 if op == "rg_lru" else 2)
-    if op == "short_conv":
-        operands[1] = jax.ShapeDtypeStruct((4, 256), jnp.float64)
+    operands = abstract_operands(op, jnp.float64)
     chosen = explain(op, *operands, target=TPU)
     assert chosen.impl == "chunked" and "float64" in str(chosen)
     with pytest.raises(UnsupportedKernel, match="float64"):
@@ -169,6 +194,17 @@ def test_the_automatic_choice_is_logged_once(caplog):
         (lambda: short_conv(X * 1j, W), "x: dtype complex64 must be one of bfloat16,"),
         (lambda: short_conv(X, W, segment_ids=IDS[0]), "segment_ids: shape"),
         (lambda: short_conv(X, W, activation="swish"), "activation='swish': must be None, silu, gelu or relu"),
+        (lambda: gated_delta_rule(X, X, X, DECAY), r"q: shape \(4, 9, 8\) must be \[batch, time, heads, key dim\]"),
+        (lambda: gated_delta_rule(Q, Q[..., :4], Q, DECAY), r"k: shape \(4, 9, 1, 4\) must be .* = \(4, 9, 1, 8\)"),
+        (lambda: gated_delta_rule(TWO, TWO, THREE, DECAY), "v: shape .* must be .*a multiple of q's 2 heads"),
+        (lambda: gated_delta_rule(Q, Q, Q, X), r"beta: shape \(4, 9, 8\) must be .* = \(4, 9, 1\)"),
+        (lambda: gated_delta_rule(Q, Q, Q, DECAY, X), r"log_decay: shape \(4, 9, 8\) must be .* without the key dim 8"),
+        (lambda: gated_delta_rule(Q, Q, Q, DECAY, s0=Q), "s0: shape .* must be .* = \\(4, 1, 8, 8\\)"),
+        (
+            lambda: gated_linear_attention(Q, Q, Q, DECAY, chunk_size=48),
+            "chunk_size=48: must be one of 16, 32, 64, 128",
+        ),
+        (lambda: gated_linear_attention(Q, Q, Q, DECAY, precision="best"), "precision='best': must be one of default,"),
     ],
 )
 def test_a_wrong_call_gets_one_clear_line(call, message, monkeypatch):

@@ -67,6 +67,8 @@ def block_oracle(p: Any, cfg: config.Attention, x: np.ndarray, ids: np.ndarray, 
     if cfg.qk_norm:
         q, k = normed(q, p["q_norm"]["scale"]), normed(k, p["k_norm"]["scale"])
     o = attention_oracle(rotated(q), rotated(k), v, visible_keys(ids, cfg.window), cfg.logit_soft_cap, np)
+    if cfg.out_gate:
+        o = o / (1 + np.exp(-np.einsum("btd,dhk->bthk", x, p["w_g"])))
     return np.einsum("bthk,hkd->btd", o, p["w_o"]) + p.get("b_o", 0.0)
 
 
@@ -78,8 +80,9 @@ def block_oracle(p: Any, cfg: config.Attention, x: np.ndarray, ids: np.ndarray, 
         config.Attention(num_heads=3, num_kv_heads=1, head_dim=10, window=6, logit_soft_cap=2.0, rope_fraction=0.4),
         config.Attention(num_heads=2, num_kv_heads=1, window=1, rope_fraction=0.0),
         config.Attention(num_heads=2, num_kv_heads=2, window=40, qk_norm=True, out_bias=True, rope_theta=100.0),
+        config.Attention(num_heads=4, num_kv_heads=2, head_dim=6, rope_fraction=0.34, qk_norm=True, out_gate=True),
     ],
-    ids=["mha", "gqa", "mqa-window-cap", "window-of-one", "norm-bias"],
+    ids=["mha", "gqa", "mqa-window-cap", "window-of-one", "norm-bias", "gate"],
 )
 def test_block_equals_the_oracle(cfg: config.Attention, rng: np.random.Generator) -> None:
     t, d = 23, 20

@@ -190,28 +190,28 @@ def _scores_per_channel(
     Between blocks of tokens a matmul: what lies before the block of i decays to its start, which i then reads; neither
     exponent is ever positive. Within a block every pair by itself.
     """
-    # Each value head has decays of its own. The barrier keeps XLA from fusing the sum over the heads of a group with
-    # all that leads to its terms: its CPU compiler dies of that (jax 0.10).
-    *rows, k = (lax.optimization_barrier(jnp.broadcast_to(x, g.shape)) for x in (*rows, k))
-    c = g.shape[-2]
-    blocks = (*g.shape[:-2], c // BLOCK, BLOCK, g.shape[-1])  # ... m s k
-    prefix, suffix, within = _sums(g.reshape(blocks))
-    before, after, between = _sums(prefix[..., -1, :])  # of whole blocks: ... m k, ... m k, ... m m k
+    # Leading axes as one: XLA's CPU compiler makes programs that crash of sums over arrays with many (jax 0.10).
+    *rows, k, flat = (jnp.broadcast_to(x, g.shape).reshape(-1, *g.shape[-2:]) for x in (*rows, k, g))
+    c, m = g.shape[-2], g.shape[-2] // BLOCK
+
+    def blocks(x: Array) -> Array:
+        return x.reshape(-1, m, BLOCK, x.shape[-1])
+
+    prefix, suffix, within = _sums(blocks(flat))
+    before, after, between = _sums(prefix[:, :, -1])  # of whole blocks: * m k, * m k, * m m k
     # Sums over (j, start of block m]: what is left of j's block and the whole blocks until m.
-    to_start = suffix[..., None, :, :, :] + jnp.roll(between, 1, -3)[..., None, :]
-    m = c // BLOCK
-    earlier = jnp.tril(jnp.ones((m, m), bool), -1)[..., None, None]
-    decayed = k.reshape(blocks)[..., None, :, :, :] * jnp.exp(jnp.where(earlier, to_start, -jnp.inf))
-    decayed = decayed.reshape(*g.shape[:-2], m, c, g.shape[-1])
+    to_start = suffix[:, None] + jnp.roll(between, 1, 1)[:, :, :, None]  # * m m s k
+    earlier = jnp.tril(jnp.ones((m, m), bool), -1)[:, :, None, None]
+    decayed = blocks(k)[:, None] * jnp.exp(jnp.where(earlier, to_start, -jnp.inf))
+    decayed = decayed.reshape(-1, m, c, k.shape[-1])
     scores = []
     for x in rows:
-        x = x.reshape(blocks)
-        pairs = jnp.sum(x[..., :, None, :] * k.reshape(blocks)[..., None, :, :] * jnp.exp(within), axis=-1)  # ... m s s
-        crossing = dot("...mik,...mjk->...mij", x * jnp.exp(prefix), decayed).reshape(*pairs.shape[:-1], m, BLOCK)
-        own = jnp.eye(m, dtype=g.dtype)[:, None, :, None] * pairs[..., None, :]
+        pairs = jnp.sum(blocks(x)[:, :, :, None] * blocks(k)[:, :, None] * jnp.exp(within), axis=-1)  # * m s s
+        crossing = dot("nmik,nmjk->nmij", blocks(x) * jnp.exp(prefix), decayed).reshape(-1, m, BLOCK, m, BLOCK)
+        own = jnp.eye(m, dtype=g.dtype)[:, None, :, None] * pairs[:, :, :, None]
         scores.append((crossing + own).reshape(*g.shape[:-1], c))
-    before = jnp.pad(before[..., :-1, :], [(0, 0)] * (before.ndim - 2) + [(1, 0), (0, 0)])
-    return scores, (prefix + before[..., None, :]).reshape(g.shape), (suffix + after[..., None, :]).reshape(g.shape)
+    before = jnp.pad(before[:, :-1], [(0, 0), (1, 0), (0, 0)])
+    return scores, (prefix + before[:, :, None]).reshape(g.shape), (suffix + after[:, :, None]).reshape(g.shape)
 
 
 def _sums(g: Array) -> tuple[Array, Array, Array]:
