@@ -29,7 +29,7 @@ quickstart: $(VENV)/.installed
 
 .PHONY: test slow
 test: $(VENV)/.dev
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 _checking = contextvars.ContextVar("checking", default=False)
 
@@ -35,7 +36,7 @@ def check_range(name: str, array: Array, low: float, high: float) -> None:
             raise ValueError(f"{name}: values from {float(smallest):g} to {float(largest):g} must be {rule}")
 
     ends = jnp.min(array), jnp.max(array)
-    if any(isinstance(x, jax.core.Tracer) for x in ends):
+    if any(isinstance(x, Tracer) for x in ends):
         jax.debug.callback(check, *ends)
     else:
         check(*ends)

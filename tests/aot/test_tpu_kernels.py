@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hybridlm_kernels import linear_scan, rg_lru, short_conv
+from hybridlm_kernels import gated_delta_rule, linear_scan, rg_lru, short_conv
 from hybridlm_kernels.bench.cases import BOTH, FORWARD, Workload
 from hybridlm_kernels.bench.chips import CHIPS
 from hybridlm_kernels.bench.static_tpu import Failure, Report, analyze
@@ -30,7 +30,22 @@ MOST_SPILLS = {
     "rg_lru_adjoint": 0.8,
     "short_conv": 0.15,
     "short_conv_adjoint": 0.65,
+    "gated_linear_attention": 0.3,
+    "gated_linear_attention_adjoint": 0.8,
+    "gated_delta_rule": 0.45,
+    "gated_delta_rule_adjoint": 0.8,
+    "gated_linear_attention_channels": 1.0,
+    "gated_linear_attention_channels_adjoint": 1.7,
+    "gated_delta_rule_channels": 1.3,
+    "gated_delta_rule_channels_adjoint": 1.7,
 }
+HEADED = (
+    "gated_linear_attention",
+    "gated_delta_rule",
+    "gated_linear_attention_per_channel",
+    "gated_delta_rule_per_channel",
+)
+FEW_HEADS = (1, 512, 4, 128, 128)  # b, t, h, k, v: 16 heads in a step take a minute to compile
 CONFIGS = ("griffin_1b", "griffin_7b", "recurrentgemma_2b")
 
 
@@ -71,6 +86,21 @@ def test_kernels_compile(chip: str) -> None:
     check(chip, kernels([shape("griffin_1b")], ["bfloat16"]))
 
 
+@pytest.mark.parametrize(
+    "chip", [chip if chip == "v5e" else pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS]
+)
+def test_kernels_with_matrix_states_compile(chip: str) -> None:
+    check(chip, [Workload(op, "pallas_tpu", BOTH, FEW_HEADS, "bfloat16") for op in HEADED])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["gated_linear_attention", "gated_delta_rule"])
+@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 256), (256, 256)], ids=str)
+def test_kernels_with_matrix_states_compile_at_other_dims(op: str, dims: tuple[int, int]) -> None:
+    [result] = analyze([Workload(op, "pallas_tpu", BOTH, (1, 256, 2, *dims), "bfloat16")], CHIPS["v5e"])
+    assert isinstance(result, Report) and len(result.kernels) >= 2, result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernels_compile_at_the_shapes_of_published_models(chip: str) -> None:
@@ -103,25 +133,31 @@ def calls(op: str) -> tuple[Any, list[tuple[int, ...]]]:
             return linear_scan, [wide, wide]
         case "rg_lru":
             return rg_lru, [wide, wide, wide, (D,)]
+        case "gated_delta_rule":
+            return gated_delta_rule, [(B, T, 4, 128)] * 3 + [(B, T, 4)]
         case _:
             return lambda x, w: short_conv(x, w, activation="silu"), [wide, (4, D)]
 
 
-@pytest.mark.parametrize("axes", [("data", None, "tensor"), (None, "context", None)], ids=["shards", "cut sequence"])
-@pytest.mark.parametrize("op", OPS)
-def test_sharded_kernels_gather_nothing_with_time_in_it(
-    op: str, axes: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def four_chips(shape: tuple[int, ...], names: list[str], monkeypatch: pytest.MonkeyPatch) -> jax.sharding.Mesh:
+    """A mesh of v5e chips that are not there."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+    return jax.sharding.Mesh(devices.reshape(shape), names, axis_types=(AxisType.Explicit,) * len(names))
+
+
+@pytest.mark.parametrize("axes", [("data", None, "tensor"), (None, "context", None)], ids=["shards", "cut sequence"])
+@pytest.mark.parametrize("op", [*OPS, "gated_delta_rule"])
+def test_sharded_kernels_gather_nothing_with_time_in_it(
+    op: str, axes: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [name for name in axes if name]
-    shape = (4,) if len(names) == 1 else (2, 2)
-    mesh = jax.sharding.Mesh(devices.reshape(shape), names, axis_types=(AxisType.Explicit,) * len(names))
+    mesh = four_chips((4,) if len(names) == 1 else (2, 2), names, monkeypatch)
     function, shapes = calls(op)
 
     def operand(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        spec = axes if len(shape) == 3 else (None,) * (len(shape) - 1) + (axes[2],)
+        spec = axes if len(shape) >= 3 else (None,) * (len(shape) - 1) + (axes[2],)
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
     def loss(*operands: jax.Array) -> jax.Array:
@@ -134,3 +170,21 @@ def test_sharded_kernels_gather_nothing_with_time_in_it(
     gathered = re.findall(r"= (.*?) (?:all-gather|all-gather-start|all-to-all)\(", text)
     for result in gathered:
         assert axes[1] and not re.search(rf"\b({T}|{T // 4})\b", result), result
+
+
+def test_training_the_delta_rule_needs_few_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradient at k = v = 128 in bfloat16: states between chunks and operands laid out by heads."""
+    mesh = four_chips((4,), ["data"], monkeypatch)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    wide = jax.ShapeDtypeStruct((4, 32768, 4, 128), jnp.bfloat16, sharding=rows)
+    gate = jax.ShapeDtypeStruct(wide.shape[:3], jnp.float32, sharding=rows)
+
+    def step(q: Any, k: Any, v: Any, beta: Any, log_decay: Any, do: Any) -> Any:
+        o, vjp = jax.vjp(lambda *x: gated_delta_rule(*x, impl="pallas_tpu")[0], q, k, v, beta, log_decay)
+        return o, vjp(do)
+
+    with jax.set_mesh(mesh):
+        memory = jax.jit(step).lower(wide, wide, wide, gate, gate, wide).compile().memory_analysis()
+    per_token_and_head = memory.temp_size_in_bytes / (32768 * 4)
+    print(f"{per_token_and_head:.0f} bytes per token and head")
+    assert per_token_and_head < 7_000

@@ -15,6 +15,8 @@ from hybridlm_kernels.bench.peers import solve_triangular_delta_rule
 from hybridlm_kernels.linear_attention import chunked
 from hybridlm_kernels.linear_attention.inverse import inverse
 
+pytestmark = pytest.mark.xdist_group("linear_attention")  # most of the time goes into compiling what its tests share
+
 B, T, H, HV, K, V = 2, 77, 2, 4, 16, 24
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 1e-4, 1e-2  # relative L2, against float64
 NAMES = ("q", "k", "v", "beta", "log_decay", "s0")

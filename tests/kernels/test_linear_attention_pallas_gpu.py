@@ -173,11 +173,11 @@ def mixed_decays(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     ("k_dim", "v_dim", "group", "erases", "per_channel"),
     [
         (64, 64, 2, True, False),
-        (128, 128, 1, True, False),
-        (64, 128, 2, False, False),
-        (128, 64, 1, False, False),
+        pytest.param(128, 128, 1, True, False, marks=pytest.mark.slow),
+        pytest.param(64, 128, 2, False, False, marks=pytest.mark.slow),
+        pytest.param(128, 64, 1, False, False, marks=pytest.mark.slow),
         (128, 64, 1, True, True),
-        (64, 128, 2, False, True),
+        pytest.param(64, 128, 2, False, True, marks=pytest.mark.slow),
     ],
 )
 def test_outputs_and_gradients_agree_with_a_loop(
@@ -194,6 +194,7 @@ def test_outputs_and_gradients_agree_with_a_loop(
     assert max(map(np.max, found.values())) < TOLERANCE, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_alike_keys_and_extreme_gates_stay_bounded(per_channel: bool, rng: np.random.Generator) -> None:
     t, k_dim = 128, 64
@@ -222,6 +223,7 @@ def test_alike_keys_and_extreme_gates_stay_bounded(per_channel: bool, rng: np.ra
             assert value < limit, (name, case, values)
 
 
+@pytest.mark.slow
 def test_more_pieces_are_more_precise(rng: np.random.Generator) -> None:
     shape = (1, 1, 128)
     found = errors(

@@ -10,6 +10,10 @@ from hybridlm_kernels.linear_attention import pallas_tpu, tpu_blocks, tpu_per_he
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+pytestmark = pytest.mark.xdist_group(
+    "linear_attention_pallas_tpu"
+)  # most of the time goes into compiling what its tests share
+
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 1e-4, 1e-2  # relative L2, against float64
 RESET = -(2.0**17)
 SCALE = 0.3
@@ -164,12 +168,14 @@ def test_linear_attention_equals_the_oracle(rng, decay):
     check(errors(inputs(rng, (1, 2, 1, 192, 64, 64), decay=decay), erases=False))
 
 
+@pytest.mark.slow
 def test_wide_values_and_large_groups_are_cut_to_fit(rng, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "WIDEST", 64)
     monkeypatch.setattr(pallas_tpu, "MOST_PER_GROUP", 2)
     check(errors(inputs(rng, (1, 2, 2, 64, 64, 128), decay="mixed")))  # four of half a value head per query head
 
 
+@pytest.mark.slow
 def test_wide_heads_of_one_chunk_equal_the_oracle(rng):
     check(errors(inputs(rng, (1, 1, 1, 64, 256, 256)), erases=False))
 
@@ -197,6 +203,7 @@ def test_bfloat16_linear_attention_rounds_no_more_than_its_operands(rng):
     check(found, BFLOAT16_TOLERANCE, BFLOAT16_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_three_products_are_closer_than_one(rng):
     operands = inputs(rng, (1, 1, 1, 64, 64, 64), keys="correlated")
     check(errors(operands, precision="high"), 1e-4, 1e-4)  # with one product each, 3e-3

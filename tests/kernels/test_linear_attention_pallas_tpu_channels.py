@@ -12,6 +12,10 @@ import pytest
 from hybridlm_kernels.linear_attention import tpu_per_channel
 from jax.experimental.pallas import tpu as pltpu
 
+pytestmark = pytest.mark.xdist_group(
+    "linear_attention_pallas_tpu_channels"
+)  # most of the time goes into compiling what its tests share
+
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 1e-4, 1e-2  # relative L2, against float64
 FORGET = -(2.0**17)  # the decay of a document's first token
 NAMES = ("o", "s_last", "dq", "dk", "dv", "dbeta", "dg", "ds0")
@@ -149,6 +153,7 @@ def test_keys_that_are_alike_do_no_harm(rng, kind, beta, decay):
     check(errors(inputs(rng, GROUPED, kind=kind, beta=beta, decay=decay), GROUPED[-1]), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("erases", [False, True], ids=["gated_linear_attention", "gated_delta_rule"])
 @pytest.mark.parametrize("shape", [WIDE_VALUES, WIDE_KEYS], ids=["k 64, v 128", "k 128, v 64, one chunk"])
 def test_keys_and_values_may_differ_in_width(rng, shape, erases):
@@ -162,6 +167,7 @@ def test_bfloat16_products_are_good_to_a_percent(rng, decay, erases):
     assert max(found.values()) < BFLOAT16_TOLERANCE, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["identical", "correlated", "period 8"])
 def test_bfloat16_products_stand_keys_that_are_alike(rng, kind):
     # Nothing decays, beta 2 flips the sign along a key at every token: 3e-2 measured, and over 1 with one pass alone

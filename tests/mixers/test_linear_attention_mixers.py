@@ -200,6 +200,7 @@ def test_forward_equals_the_oracle(cfg: config.Mixer, rng: np.random.Generator) 
     assert distance(y, want) < FORWARD_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", ORACLES, ids=lambda cls: cls.__name__)
 def test_gradients_equal_the_oracle(cls: type[config.Mixer], rng: np.random.Generator) -> None:
     cfg = MIXERS.entries[cls].examples[1]

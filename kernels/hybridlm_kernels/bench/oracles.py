@@ -74,7 +74,7 @@ def gated_linear_attention(
 
 def gated_delta_rule(
     q: Array, k: Array, v: Array, beta: Array, log_decay: Array, do: Array
-) -> tuple[Array, tuple[Array, Array, Array, Array, Array]]:
+) -> tuple[Array, tuple[Array, ...]]:
     """S = Diag(exp g_t) S_{t-1}, S_t = S + beta_t k_t (v_t - S^T k_t)^T, o_t = k^-1/2 S_t^T q_t: o, (dq, ..., dg)."""
     return _delta(q, k, v, beta, log_decay, do, writes=beta)
 

@@ -64,9 +64,22 @@ def gated_linear_attention(
     `jax.shard_map` by naming its mesh axis as `sequence_axis`. Devices exchange one state and what it decays by; `s0`
     and the last state are those of the whole sequence, the same on every device.
     """
-    operands = _checked(q, k, v, None, log_decay, s0, segment_ids, positions)
-    options = (scale, chunk_size, precision, impl, sequence_axis)
-    return _run("gated_linear_attention", *operands, *options)
+    return _run(
+        "gated_linear_attention",
+        q,
+        k,
+        v,
+        None,
+        log_decay,
+        scale=scale,
+        s0=s0,
+        segment_ids=segment_ids,
+        positions=positions,
+        chunk_size=chunk_size,
+        precision=precision,
+        impl=impl,
+        sequence_axis=sequence_axis,
+    )
 
 
 def gated_delta_rule(
@@ -92,17 +105,35 @@ def gated_delta_rule(
     arXiv:2406.06484). Everything else as in `gated_linear_attention`; a sequence that is cut over devices exchanges two
     matrices per head, the state and what a stretch of time makes of the one before it.
     """
-    operands = _checked(q, k, v, beta, log_decay, s0, segment_ids, positions)
-    options = (scale, chunk_size, precision, impl, sequence_axis)
-    return _run("gated_delta_rule", *operands, *options)
+    return _run(
+        "gated_delta_rule",
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        scale=scale,
+        s0=s0,
+        segment_ids=segment_ids,
+        positions=positions,
+        chunk_size=chunk_size,
+        precision=precision,
+        impl=impl,
+        sequence_axis=sequence_axis,
+    )
 
 
-def _checked(
-    q: Any, k: Any, v: Any, beta: Any, log_decay: Any, s0: Any, segment_ids: Any, positions: Any
-) -> tuple[Array | None, ...]:
-    """All operands as arrays that fit together, or ValueError that names the one that does not."""
-    given = (q, k, v, beta, log_decay, s0, segment_ids, positions)
-    q, k, v, beta, log_decay, s0, segment_ids, positions = (x if x is None else jnp.asarray(x) for x in given)
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    log_decay: Array | None,
+    s0: Array | None,
+    segment_ids: Array | None,
+    positions: Array | None,
+) -> None:
+    """Raises ValueError that names the operand that does not fit the others."""
     check_sequence("q", q, "[batch, time, heads, key dim]")
     check_operand("q", q, q.shape, "[batch, time, heads, key dim]")
     check_operand("k", k, q.shape, "[batch, time, heads, key dim]")
@@ -127,7 +158,6 @@ def _checked(
     for name, array in (("segment_ids", segment_ids), ("positions", positions)):
         if array is not None:
             check_segment_ids(array, (b, t), name)
-    return q, k, v, beta, log_decay, s0, segment_ids, positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,20 +175,25 @@ class _Options:
 
 def _run(
     op: str,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    log_decay: Array | None,
-    s0: Array | None,
-    segment_ids: Array | None,
-    positions: Array | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    log_decay: Any,
+    *,
     scale: float | None,
+    s0: Any,
+    segment_ids: Any,
+    positions: Any,
     chunk_size: int | None,
     precision: str | None,
     impl: str,
     sequence_axis: Axis | None,
 ) -> tuple[Array, Array]:
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    optional = (beta, log_decay, s0, segment_ids, positions)
+    beta, log_decay, s0, segment_ids, positions = (x if x is None else jnp.asarray(x) for x in optional)
+    _check(q, k, v, beta, log_decay, s0, segment_ids, positions)
     if chunk_size is not None and chunk_size not in chunked.CHUNKS:
         raise ValueError(f"chunk_size={chunk_size}: must be one of {', '.join(map(str, chunked.CHUNKS))}")
     if precision not in (None, *PRECISIONS):
@@ -205,7 +240,9 @@ def _on_shard(
     beta = None if beta is None else beta.astype(dtype)
     k, beta, g = _fold(k, beta, g, segment_ids, positions, sequence_axis)
     s0 = jnp.zeros((b, heads, key_dim, value_dim), dtype) if s0 is None else s0.astype(dtype)
-    q, k, v, beta, g = (x if x is None else jnp.swapaxes(x, 1, 2) for x in align_varying(q, k, v, beta, g))
+    q, k, v, beta, g = align_varying(q, k, v, beta, g)
+    q, k, v, g = (jnp.swapaxes(x, 1, 2) for x in (q, k, v, g))
+    beta = None if beta is None else jnp.swapaxes(beta, 1, 2)
     s0 = align_varying(q, s0)[1] if sequence_axis is None else align_whole(s0, q, sequence_axis)
     if tier.impl == "reference" or (t == 1 and sequence_axis is None):
         if sequence_axis is not None:
@@ -238,19 +275,14 @@ def _fold(
     k: Array, beta: Array | None, g: Array, ids: Array | None, positions: Array | None, axis: Axis | None
 ) -> tuple[Array, Array | None, Array]:
     """Padding writes, erases and decays nothing; the first token of a document decays everything before it."""
-    if ids is None and positions is None:
-        return k, beta, g
 
     def where(condition: Array, then: float, x: Array) -> Array:
         return jnp.where(condition.reshape(*condition.shape, *[1] * (x.ndim - 2)), jnp.asarray(then, x.dtype), x)
 
-    if positions is not None:
-        first = positions == 0
-    else:
-        first = starts(ids, None if axis is None else id_before(ids, axis))
-    g = where(first, RESET, g)
     if ids is None:
-        return k, beta, g
+        return k, beta, g if positions is None else where(positions == 0, RESET, g)
+    first = positions == 0 if positions is not None else starts(ids, None if axis is None else id_before(ids, axis))
+    g = where(first, RESET, g)
     padding = ids == 0
     return where(padding, 0, k), beta if beta is None else where(padding, 0, beta), where(padding, 0, g)
 

@@ -156,7 +156,8 @@ def _group(
     def one_chunk(s: Array, xs: list[Array]) -> tuple[Array, Array]:
         scores, q, k, total, u, *erasing = xs
         if erasing:
-            u = _written(*erasing, u, s, dot)
+            within, solved, b, seen = erasing
+            u = _written(within, solved, b, seen, u, s, dot)
         o = dot("bhrck,bhrkv->bhrcv", q, s) + dot("bhrij,bhrjv->bhriv", scores, u)
         return total[..., None] * s + dot("bhrck,bhrcv->bhrkv", k, u), o
 

@@ -11,16 +11,17 @@ def forward(
     q: Array, k: Array, v: Array, beta: Array | None, g: Array, s0: Array, *, scale: float
 ) -> tuple[Array, Array]:
     """o [b, h r, t, v] and the last state [b, h r, k, v]; operands and their axes as in `chunked.forward`."""
-    tokens = [jnp.moveaxis(x, 2, 0) for x in (q, k, v, g)]
-    if beta is None:
-        s_last, o = lax.scan(lambda s, xs: step(s, *xs, None, scale=scale), s0, tokens)
-    else:
-        tokens.append(jnp.moveaxis(beta, 2, 0))
-        s_last, o = lax.scan(lambda s, xs: step(s, *xs, scale=scale), s0, tokens)
+    per_token = [q, k, v, g] if beta is None else [q, k, v, g, beta]
+
+    def one(s: Array, xs: list[Array]) -> tuple[Array, Array]:
+        q, k, v, g, *beta = xs
+        return step(s, q, k, v, beta[0] if beta else None, g, scale=scale)
+
+    s_last, o = lax.scan(one, s0, [jnp.moveaxis(x, 2, 0) for x in per_token])
     return jnp.moveaxis(o, 0, 2).astype(v.dtype), s_last
 
 
-def step(s: Array, q: Array, k: Array, v: Array, g: Array, beta: Array | None, *, scale: float) -> tuple[Array, Array]:
+def step(s: Array, q: Array, k: Array, v: Array, beta: Array | None, g: Array, *, scale: float) -> tuple[Array, Array]:
     """The state after one token, and its output [b, h r, v]; q, k [b, h, k], v [b, h r, v], g [b, h r (, k)]."""
     exact = lax.Precision.HIGHEST
     repeats = v.shape[1] // q.shape[1]
@@ -37,6 +38,6 @@ def one_token(
     q: Array, k: Array, v: Array, beta: Array | None, g: Array, s0: Array, *, scale: float
 ) -> tuple[Array, Array]:
     """`forward` at t = 1, without a loop."""
-    first = [x if x is None else x[:, :, 0] for x in (q, k, v, g, beta)]
-    s, o = step(s0, *first, scale=scale)
+    erasing = None if beta is None else beta[:, :, 0]
+    s, o = step(s0, q[:, :, 0], k[:, :, 0], v[:, :, 0], erasing, g[:, :, 0], scale=scale)
     return o[:, :, None].astype(v.dtype), s
