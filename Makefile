@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m slow
 
 .PHONY: lint style types imports format
 lint: style types imports

@@ -122,7 +122,7 @@ def test_a_program_that_does_not_compile_does_not_stop_the_next() -> None:
     assert isinstance(compiled, Report) and not compiled.kernels
 
 
-B, T, D = 4, 1024, 512
+B, T, D = 4, 1024, 384
 
 
 def calls(op: str) -> tuple[Any, list[tuple[int, ...]]]:
