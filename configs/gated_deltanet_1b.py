@@ -6,7 +6,7 @@ From flash-linear-attention's default: width, depth, queries and keys of 1536 ch
 convolutions of 4, SwiGLU of 5632, a head of its own, a vocabulary of 32,000. From the authors' code
 (NVlabs/GatedDeltaNet): sequences of 4096, 512 of them a step, 100e9 tokens, AdamW at 4e-4 with betas (0.9, 0.95), decay
 0.1, clipping at 1 and a cosine down to a tenth. Our choice: heads of 128, the paper's best trade-off, two of values to
-one of keys, where flash-linear-attention has 6 of 256 and 512 (no kernel serves these); warm-up, z-loss and mesh.
+one of keys, where flash-linear-attention has 6 of 256 and 512; warm-up, z-loss and mesh.
 """
 
 from hybridlm.config import (

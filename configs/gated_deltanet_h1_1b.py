@@ -5,7 +5,7 @@
 From the authors' code (NVlabs/GatedDeltaNet, GatedDeltaNet_H1_1.3B): width, depth, order, 18 heads of attention, its
 window, rotary positions on whole heads, SwiGLU of 6144, a tied embedding, a vocabulary of 32,000, the norms' epsilon.
 Training as gated_deltanet_1b. Our choice: 14 heads of 128 for queries and keys and 28 for values, where theirs are 9 of
-192 and of 384 (no kernel serves these, and 9 heads do not divide over devices).
+192 and of 384 (9 heads do not divide over devices).
 """
 
 from dataclasses import replace

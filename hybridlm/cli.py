@@ -232,9 +232,10 @@ def kernels(args: argparse.Namespace, overrides: list[str]) -> int:
 
     where = None if args.topology is None else topology(args.topology)
     rows = kernels_at(where) if config is None else kernels_of(config, where)
+    width = max((12, *(len(row.choice.op) for row in rows)))
     for row in rows:
-        print(f"{row.choice.op:12} {row.phase:7} {row.choice.impl:10}  {'; '.join(row.choice.reasons)}")
-        print(f"{'':12} {' '.join(row.operands)}")
+        print(f"{row.choice.op:{width}} {row.phase:7} {row.choice.impl:10}  {'; '.join(row.choice.reasons)}")
+        print(f"{'':{width}} {' '.join(row.operands)}")
     if not rows:
         print("this model calls no kernel operation")
     return 0

@@ -265,3 +265,14 @@ def distance(got: Any, want: Any) -> float:
     """Relative L2."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("check_values", [False, True])
+def test_values_are_checked_when_the_config_says_so(check_values: bool) -> None:
+    mixer = config.DeltaNet(num_heads=2, head_dim=8)
+    model = config.Model(vocab_size=8, width=16, num_layers=1, pattern=(config.Block(mixer=mixer, ffn=None),))
+    init, bind = build(model, config.Kernels(check_values=check_values))
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jax.eval_shape(init, jax.random.key(0))
+    traced = jax.make_jaxpr(lambda params, tokens: bind(params)(tokens)[0])(params, tokens)
+    assert ("debug_callback" in str(traced)) == check_values

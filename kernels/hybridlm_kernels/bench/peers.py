@@ -6,6 +6,7 @@ Letters: b batch, t time, d channels, w taps, h heads, n chunks, c chunk, k key 
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,17 +77,24 @@ def lax_conv(x: Array, w: Array, bias: Array) -> Array:
 
 def deltanet_tpu_gdn(q: Array, k: Array, v: Array, beta: Array, log_decay: Array) -> Array:
     """The gated delta rule, one decay per head, by the package deltanet-tpu. q, k [b, t, h, k], v [b, t, h, v]"""
-    return importlib.import_module("deltanet_tpu").chunk_gdn(q, k, v, log_decay, beta)
+    return _deltanet_tpu(q).chunk_gdn(q, k, v, log_decay, beta)
 
 
 def deltanet_tpu_kda(q: Array, k: Array, v: Array, beta: Array, log_decay: Array) -> Array:
     """The gated delta rule, one decay per channel [b, t, h, k], by the package deltanet-tpu."""
-    return importlib.import_module("deltanet_tpu").chunk_kda(q, k, v, log_decay, beta)
+    return _deltanet_tpu(q).chunk_kda(q, k, v, log_decay, beta)
 
 
 def deltanet_tpu_gla(q: Array, k: Array, v: Array, log_decay: Array) -> Array:
     """Gated linear attention, one decay per channel [b, t, h, k], by the package deltanet-tpu."""
-    return importlib.import_module("deltanet_tpu").chunk_gla(q, k, v, log_decay)
+    return _deltanet_tpu(q).chunk_gla(q, k, v, log_decay)
+
+
+def _deltanet_tpu(q: Array) -> Any:
+    if target_of((q,)).platform == "tpu" and jax.default_backend() != "tpu":
+        # It interprets its kernels unless this process has a TPU, also where it is compiled for one that is absent.
+        jax.default_backend = lambda: "tpu"
+    return importlib.import_module("deltanet_tpu")
 
 
 def solve_triangular_delta_rule(q: Array, k: Array, v: Array, beta: Array, log_decay: Array) -> Array:
