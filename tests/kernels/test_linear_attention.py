@@ -251,8 +251,8 @@ def test_inverse_of_the_worst_triangle():
     np.testing.assert_allclose(inverse(jnp.tril(2 * jnp.ones((c, c)), -1)), want, rtol=1e-6)
 
 
-def test_kept_for_the_backward_pass_are_operands_and_states_between_groups_of_chunks():
-    """[b, t, h] tokens at k = v = 128: 7 kB of temporaries per token and head at the most, all of the step's."""
+def test_training_keeps_operands_and_states_between_groups_of_chunks():
+    """Temporaries per token and head at k = v = 128, forward and gradient: 4 kB, of the plain form 17 kB."""
     t, h = 4096, 2
     q = jax.ShapeDtypeStruct((1, t, h, 128), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct((1, t, h), jnp.float32)
@@ -262,7 +262,7 @@ def test_kept_for_the_backward_pass_are_operands_and_states_between_groups_of_ch
         return o, vjp(do)
 
     memory = jax.jit(step).lower(q, q, q, gate, gate, q).compile().memory_analysis()
-    assert memory.temp_size_in_bytes / (t * h) < 16_000
+    assert memory.temp_size_in_bytes / (t * h) < 5_000
 
 
 @pytest.mark.parametrize("traced", [False, True])
