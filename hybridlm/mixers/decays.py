@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hybridlm.layers import merge_tokens, split_tokens
-from hybridlm.sharding import out_sharding
+from hybridlm.mixers.heads import project_heads
 
 
 def log_sigmoid_decay(
@@ -23,12 +22,4 @@ def log_sigmoid_decay(
 
 def project_logits(x: Float[Array, "b t d"], w: nnx.Param[Array]) -> Float[Array, "b t h k"]:
     """x W in float32 for W [d, h, k]: bfloat16 would round a decay that is multiplied thousands of times."""
-    sharding = out_sharding("batch", "heads", None)
-    z = jnp.einsum(
-        "nd,dhk->nhk",
-        merge_tokens(x),
-        w[...].astype(x.dtype),
-        preferred_element_type=jnp.float32,
-        out_sharding=sharding,
-    )
-    return split_tokens(z, x.shape[0])
+    return project_heads(x, w, jnp.float32)
