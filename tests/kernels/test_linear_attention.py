@@ -15,7 +15,8 @@ from hybridlm_kernels.bench.peers import solve_triangular_delta_rule
 from hybridlm_kernels.linear_attention import chunked
 from hybridlm_kernels.linear_attention.inverse import inverse
 
-pytestmark = pytest.mark.xdist_group("linear_attention")  # most of the time goes into compiling what its tests share
+# Most of the time goes into compiling what its tests share.
+pytestmark = pytest.mark.xdist_group("linear_attention")
 
 B, T, H, HV, K, V = 2, 77, 2, 4, 16, 24
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 1e-4, 1e-2  # relative L2, against float64
@@ -179,7 +180,7 @@ def test_bfloat16_operands_within_a_hundredth(delta, per_channel, rng):
     assert o.dtype == jnp.bfloat16
     assert distance(o.astype(jnp.float32), want_o) < BFLOAT16_TOLERANCE
     for name, got, exact in zip(NAMES, gradients, want, strict=True):
-        assert name == "beta" or distance(got.astype(jnp.float32), exact) < BFLOAT16_TOLERANCE, name
+        assert distance(got.astype(jnp.float32), exact) < BFLOAT16_TOLERANCE, name
 
 
 @both_ops
@@ -231,7 +232,7 @@ def test_one_document_per_token_is_plain_reading(rng):
 
 
 @pytest.mark.parametrize("setting", [name for name, (_, beta, decay) in SETTINGS.items() if decay in ("none", "mild")])
-def test_the_inverse_is_not_worse_than_a_triangular_solve(setting, rng):
+def test_the_inverse_is_about_as_accurate_as_a_triangular_solve(setting, rng):
     """The error next to that of XLA's triangular solve on the same operands."""
     q, k, v, beta, g, _ = inputs(rng, setting)
     operands = (*(np.repeat(x, HV // H, axis=2) for x in (q, k)), v, beta, g)
@@ -240,7 +241,7 @@ def test_the_inverse_is_not_worse_than_a_triangular_solve(setting, rng):
     ours = distance(gated_delta_rule(*operands, impl="chunked")[0], want)
     theirs = distance(solve_triangular_delta_rule(*operands), want)
     print(f"{setting}: {ours:.1e}, triangular solve {theirs:.1e}")
-    assert ours < max(8 * theirs, 1e-6)
+    assert ours < max(3 * theirs, 1e-6)
 
 
 def test_inverse_of_the_worst_triangle():

@@ -5,6 +5,7 @@ follows copies, barriers and products of blocks; it knows nothing of registers, 
 """
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hybridlm_kernels.bench import static_gpu
-from hybridlm_kernels.dispatch import UnsupportedKernel
+from hybridlm_kernels.bench import oracles, static_gpu
 from hybridlm_kernels.linear_attention import pallas_gpu
 from hybridlm_kernels.linear_attention.gpu_prepare import gates, prepare
 from jax.interpreters import mlir
@@ -28,6 +28,7 @@ state_types = pytest.importorskip("jax._src.state.types")
 
 Array = np.ndarray
 RESET = -(2.0**17)
+NAMES = ("o", "s_last", "dq", "dk", "dv", "dbeta", "dg", "ds0")
 TOLERANCE = 1e-2  # relative L2: the states, scores and u are multiplied as bfloat16
 
 
@@ -87,37 +88,6 @@ def error(result: Any, expected: Array) -> float:
     return float(np.linalg.norm(exact(result) - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
-def loop(
-    q: Array, k: Array, v: Array, beta: Array | None, g: Array, s: Array, do: Array, ds: Array, scale: float
-) -> dict[str, Array]:
-    """Outputs and gradients of one value head, token by token; q, k [t, k], v, do [t, v], g [t (k)], s, ds [k, v]."""
-    before, added, o = [], [], np.zeros_like(v)
-    per_channel, g = g.ndim == 2, g.reshape(len(q), -1)
-    for i in range(len(q)):
-        s = np.exp(g[i])[:, None] * s
-        before.append(s)
-        added.append(v[i] if beta is None else beta[i] * (v[i] - k[i] @ s))
-        s = s + np.outer(k[i], added[i])
-        o[i] = scale * q[i] @ s
-    results = {"o": o, "s_last": s}
-    dq, dk, dv, dg, dbeta = (np.zeros_like(x) for x in (q, k, v, q, g[:, 0]))
-    for i in range(len(q))[::-1]:
-        after = before[i] + np.outer(k[i], added[i])
-        dq[i] = scale * after @ do[i]
-        ds = ds + scale * np.outer(q[i], do[i])
-        dk[i], du = ds @ added[i], k[i] @ ds
-        dv[i] = du
-        if beta is not None:
-            dbeta[i], dv[i] = du @ (v[i] - k[i] @ before[i]), beta[i] * du
-            dk[i] -= before[i] @ dv[i]
-            ds = ds - np.outer(k[i], dv[i])
-        dg[i] = np.sum(ds * before[i], axis=1)
-        ds = np.exp(g[i])[:, None] * ds
-    dg = dg if per_channel else dg.sum(axis=1)
-    results |= {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "ds0": ds}
-    return results if beta is None else results | {"dbeta": dbeta}
-
-
 def errors(
     rng: np.random.Generator, k: Array, v_dim: int, beta: Array | None, g: Array, *, precision: str = "default"
 ) -> dict[str, Array]:
@@ -138,21 +108,13 @@ def errors(
         assert states is not None
         return o, last, *pallas_gpu.adjoint(q, k, v, beta, g, states, do, ds_last, **options)
 
-    results = dict(zip(("o", "s_last", "dq", "dk", "dv", "dbeta", "dg", "ds0"), interpreted(run), strict=True))
-    expected: dict[str, list[Array]] = {}
-    for i, j in np.ndindex(b, heads):
-        per_head = (v, beta, g, s0, do, ds_last)
-        values, own, gate, start, d_out, d_last = (None if x is None else exact(x[i, j]) for x in per_head)
-        queries, keys = exact(q[i, j // group]), exact(k[i, j // group])
-        head = loop(queries, keys, values, own, gate, start, d_out, d_last, scale)
-        for name, value in head.items():
-            expected.setdefault(name, []).append(value)
+    operands = (x if x is None else exact(x) for x in (q, k, v, beta, g, s0, do, ds_last))
+    expected = oracles.linear_attention(*operands, scale)
     found = {}
-    for name, values in expected.items():
-        whole = np.stack(values).reshape(b, h, group, *values[0].shape)
-        whole = whole.sum(2, keepdims=True) if name in ("dq", "dk") else whole
-        result = exact(results[name]).reshape(whole.shape)
-        found[name] = np.array([[error(result[i, j], whole[i, j]) for j in range(h)] for i in range(b)])
+    for name, got, want in zip(NAMES, interpreted(run), expected, strict=True):
+        if want is not None:
+            got, want = (exact(x).reshape(b, h, -1) for x in (got, want))
+            found[name] = np.array([[error(got[i, j], want[i, j]) for j in range(h)] for i in range(b)])
     return found
 
 
@@ -277,11 +239,21 @@ def test_what_cannot_be_served_has_a_reason(
     assert (refusal is None) if reason is None else (refusal is not None and reason in refusal)
 
 
-def test_precision_beyond_shared_memory_is_refused() -> None:
-    q, g = jnp.zeros((1, 1, 64, 128), jnp.bfloat16), jnp.zeros((1, 1, 64))
-    s0 = jnp.zeros((1, 1, 128, 128))
-    with pytest.raises(UnsupportedKernel, match="precision 'highest'"):
-        pallas_gpu.forward(q, q, q, g, g, s0, scale=1.0, chunk=64, precision="highest", save=False)
+@pytest.mark.parametrize(
+    ("dim", "chunk", "precision", "reason"),
+    [
+        (64, None, "highest", None),
+        (128, 64, "default", None),
+        (128, None, "highest", "precision='highest': needs .* KiB of shared memory"),
+        (64, 32, "default", "chunk_size=32: must be 64"),
+    ],
+)
+def test_precision_beyond_shared_memory_and_other_chunks_are_refused(
+    dim: int, chunk: int | None, precision: str, reason: str | None
+) -> None:
+    q, g = jnp.zeros((1, 64, 1, dim), jnp.bfloat16), jnp.zeros((1, 64, 1))
+    refusal = pallas_gpu.refuses(q, q, q, g, g, erases=True, chunk=chunk, precision=precision)
+    assert refusal == reason if reason is None else re.match(reason, refusal or "")
 
 
 def test_states_are_saved_for_the_adjoint_alone(rng: np.random.Generator) -> None:

@@ -6,63 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hybridlm_kernels.linear_attention import pallas_tpu, tpu_blocks, tpu_per_head
+from hybridlm_kernels import UnsupportedKernel, gated_delta_rule, gated_linear_attention, interpret_pallas
+from hybridlm_kernels.bench import oracles
+from hybridlm_kernels.dispatch import Tier
+from hybridlm_kernels.linear_attention import _Options, _serving, pallas_tpu, tpu_blocks, tpu_per_head
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-pytestmark = pytest.mark.xdist_group(
-    "linear_attention_pallas_tpu"
-)  # most of the time goes into compiling what its tests share
+# Most of the time goes into compiling what its tests share.
+pytestmark = pytest.mark.xdist_group("linear_attention_pallas_tpu")
 
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 1e-4, 1e-2  # relative L2, against float64
 RESET = -(2.0**17)
 SCALE = 0.3
 NAMES = ("o", "last state", "dq", "dk", "dv", "dbeta", "dg", "ds0")
-
-
-def oracle(q, k, v, beta, g, s0, do, ds):
-    """Token by token: o, the last state and the cotangents of q, k, v, beta, g and s0."""
-    q, k, v, g, s0, do, ds = (np.asarray(x, np.float64) for x in (q, k, v, g, s0, do, ds))
-    b, h, t, key = q.shape
-    r = v.shape[1] // h
-    erase = np.zeros(v.shape[:3]) if beta is None else np.asarray(beta, np.float64)
-    write = np.ones(v.shape[:3]) if beta is None else erase
-    queries, keys = np.repeat(q, r, axis=1), np.repeat(k, r, axis=1)
-    o, dv, decay = np.zeros_like(v), np.zeros_like(v), np.exp(g)
-    dq, dk, dbeta, dg = np.zeros_like(queries), np.zeros_like(queries), np.zeros_like(g), np.zeros_like(g)
-    state, befores = s0, []
-    for i in range(t):
-        befores.append(state)
-        kept = decay[:, :, i, None, None] * state
-        added = write[:, :, i, None] * v[:, :, i] - erase[:, :, i, None] * read(keys[:, :, i], kept)
-        state = kept + outer(keys[:, :, i], added)
-        o[:, :, i] = SCALE * read(queries[:, :, i], state)
-    last, cotangent = state, ds
-    for i in reversed(range(t)):
-        kept = decay[:, :, i, None, None] * befores[i]
-        held = read(keys[:, :, i], kept)
-        added = write[:, :, i, None] * v[:, :, i] - erase[:, :, i, None] * held
-        after = kept + outer(keys[:, :, i], added)
-        dq[:, :, i] = SCALE * np.einsum("bhv,bhkv->bhk", do[:, :, i], after)
-        cotangent = cotangent + SCALE * outer(queries[:, :, i], do[:, :, i])
-        dadded = read(keys[:, :, i], cotangent)
-        dk[:, :, i] = np.einsum("bhkv,bhv->bhk", cotangent, added)
-        dk[:, :, i] -= np.einsum("bhkv,bhv->bhk", kept, erase[:, :, i, None] * dadded)
-        dv[:, :, i] = write[:, :, i, None] * dadded
-        dbeta[:, :, i] = np.sum(dadded * (v[:, :, i] - held), axis=-1)
-        dkept = cotangent - outer(keys[:, :, i], erase[:, :, i, None] * dadded)
-        dg[:, :, i] = np.sum(dkept * kept, axis=(-1, -2))
-        cotangent = decay[:, :, i, None, None] * dkept
-    dq, dk = (x.reshape(b, h, r, t, key).sum(axis=2) for x in (dq, dk))
-    return o, last, dq, dk, dv, None if beta is None else dbeta, dg, cotangent
-
-
-def read(key, state):
-    return np.einsum("bhk,bhkv->bhv", key, state)
-
-
-def outer(key, value):
-    return key[..., :, None] * value[..., None, :]
 
 
 def inputs(rng, shape, keys="random", beta=None, decay="mild"):
@@ -109,14 +67,15 @@ def errors(operands, *, erases=True, chunk=64, dtype=jnp.float32, precision="hig
     assert states is not None
     gradients = pallas_tpu.adjoint(q, k, v, beta, g, states, do, ds, **static)
     assert [x.dtype for x in (o, *gradients[:3])] == [dtype] * 4
-    want = oracle(*(None if x is None else x.astype(jnp.float32) for x in (q, k, v, beta, g, s0, do, ds)))
+    given = (q, k, v, beta, g, s0, do, ds)
+    want = oracles.linear_attention(*(x if x is None else np.asarray(x, np.float64) for x in given), SCALE)
     found = zip(NAMES, (o, last, *gradients), want, strict=True)
     return {name: distance(x, y) for name, x, y in found if y is not None}
 
 
 def distance(got, want):
     assert got.shape == want.shape
-    got = np.asarray(got.astype(jnp.float32), np.float64)
+    got = np.asarray(jnp.asarray(got, jnp.float32), np.float64)
     return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
 
 
@@ -207,6 +166,79 @@ def test_bfloat16_linear_attention_rounds_no_more_than_its_operands(rng):
 def test_three_products_are_closer_than_one(rng):
     operands = inputs(rng, (1, 1, 1, 64, 64, 64), keys="correlated")
     check(errors(operands, precision="high"), 1e-4, 1e-4)  # with one product each, 3e-3
+
+
+def test_three_products_stay_precise_behind_forgotten_documents(rng):
+    """The sums of decays, of which differences are taken, reach 104 times the number of documents in a chunk."""
+    operands = list(inputs(rng, DELTA))
+    operands[4] = np.where(rng.uniform(size=operands[4].shape) < 0.3, RESET, operands[4])
+    check(errors(operands, precision="high"), 1e-4, 1e-4)
+
+
+def public(op, impl, ids, *operands, **options):
+    """[b, t, ...] operands through the public operation: o, the last state and gradients."""
+    q, k, v, beta, g, s0, do, ds = operands
+    masked = do * (ids != 0)[:, :, None, None]  # outputs at padding mean nothing
+
+    def call(q, k, v, beta, g, s0):
+        shared = {"s0": s0, "segment_ids": ids, "impl": impl, **options}
+        if op == "gated_delta_rule":
+            return gated_delta_rule(q, k, v, beta, g, **shared)
+        return gated_linear_attention(q, k, v, g, **shared)
+
+    (o, last), vjp = jax.vjp(call, q, k, v, beta, g, s0)
+    return o * (ids != 0)[:, :, None, None], last, *vjp((masked, ds))
+
+
+@pytest.fixture
+def public_operands(rng):
+    """Two sequences whose 75 tokens fill no chunk, packed; two value heads to a key head."""
+    *by_time, s0, do, ds = inputs(rng, (2, 1, 2, 75, 64, 64))
+    operands = (*(x.swapaxes(1, 2) for x in by_time), s0, do.swapaxes(1, 2), ds)
+    ids = np.ones((2, 75), np.int32)
+    ids[0, :3], ids[0, 30:31], ids[0, 31:], ids[1, 60:] = 0, 2, 3, 0
+    return jnp.asarray(ids), [jnp.asarray(x, jnp.float32) for x in operands]
+
+
+@pytest.mark.parametrize("decay", ["per head", pytest.param("per channel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", ["gated_linear_attention", "gated_delta_rule"])
+def test_the_public_operation_through_the_kernels_equals_the_reference(op, decay, public_operands):
+    ids, operands = public_operands
+    if decay == "per channel":
+        operands[4] = operands[4][..., None] * jnp.linspace(0.0, 2.0, 64)
+    with interpret_pallas():
+        got = public(op, "pallas_tpu", ids, *operands, chunk_size=64)
+    for x, y in zip(got, public(op, "reference", ids, *operands), strict=True):
+        assert distance(x, np.asarray(y, np.float64)) < GRADIENT_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["gated_linear_attention", "gated_delta_rule"])
+def test_a_sequence_cut_over_devices_runs_the_kernels_on_each(op, public_operands):
+    ids, operands = public_operands
+    ids, operands = ids[:, :74], [x[:, :74] if x.shape[1] == 75 else x for x in operands]
+    mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+
+    def place(x):
+        spec = PartitionSpec(None, "context") if x.shape[1] == 74 else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh), interpret_pallas():
+        run = jax.jit(lambda ids, *x: public(op, "pallas_tpu", ids, *x, chunk_size=64))
+        got = jax.device_get(run(place(ids), *map(place, operands)))
+    for x, y in zip(got, public(op, "reference", ids, *operands), strict=True):
+        assert distance(x, np.asarray(y, np.float64)) < GRADIENT_TOLERANCE
+
+
+def test_a_chunk_that_the_kernels_do_not_have_is_refused_or_left_to_the_chunked_form(public_operands):
+    ids, operands = public_operands
+    refusal = "impl='pallas_tpu': gated_delta_rule chunk_size=32: must be 64 or 128; use auto"
+    with interpret_pallas(), pytest.raises(UnsupportedKernel, match=refusal):
+        public("gated_delta_rule", "pallas_tpu", ids, *operands, chunk_size=32)
+    q, *_ = operands
+    options = _Options(scale=1.0, chunk=32, precision="highest")
+    taken = _serving(Tier("gated_delta_rule", "pallas_tpu", by_name=False), options, q, q, q, q[..., 0], erases=True)
+    assert taken.impl == "chunked"
 
 
 def test_chunks_do_not_race(rng):

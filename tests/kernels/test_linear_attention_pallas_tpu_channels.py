@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hybridlm_kernels.bench import oracles
 from hybridlm_kernels.linear_attention import tpu_per_channel
 from jax.experimental.pallas import tpu as pltpu
 
-pytestmark = pytest.mark.xdist_group(
-    "linear_attention_pallas_tpu_channels"
-)  # most of the time goes into compiling what its tests share
+# Most of the time goes into compiling what its tests share.
+pytestmark = pytest.mark.xdist_group("linear_attention_pallas_tpu_channels")
 
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 1e-4, 1e-2  # relative L2, against float64
 FORGET = -(2.0**17)  # the decay of a document's first token
@@ -24,36 +24,6 @@ EFFORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passe
 
 # h, r, t, k, v, c: value heads that share keys; several key heads; a chunk of 128
 GROUPED, WIDE_VALUES, WIDE_KEYS = (1, 2, 192, 64, 64, 64), (2, 1, 128, 64, 128, 32), (1, 1, 128, 128, 64, 128)
-
-
-def oracle(q, k, v, beta, g, s0, do, ds, scale):
-    """The outputs and cotangents in the order of NAMES, token by token; beta may be None, and dbeta then is."""
-    gate = np.ones(v.shape[:3]) if beta is None else beta
-    erases = beta is not None
-    r = v.shape[1] // q.shape[1]
-    o, dv, dg, dbeta = np.zeros(v.shape), np.zeros(v.shape), np.zeros(g.shape), np.zeros(gate.shape)
-    dq, dk, last, ds0 = np.zeros(q.shape), np.zeros(k.shape), np.zeros(s0.shape), np.zeros(s0.shape)
-    for b, j in np.ndindex(v.shape[:2]):
-        i, states, steps = j // r, [s0[b, j]], []
-        for t in range(v.shape[2]):
-            decayed = np.exp(g[b, j, t])[:, None] * states[-1]
-            residual = v[b, j, t] - erases * (decayed.T @ k[b, i, t])
-            states.append(decayed + np.outer(k[b, i, t], gate[b, j, t] * residual))
-            steps.append((decayed, residual))
-            o[b, j, t] = scale * states[-1].T @ q[b, i, t]
-        last[b, j], d = states[-1], ds[b, j]
-        for t in range(v.shape[2])[::-1]:
-            decayed, residual = steps[t]
-            dq[b, i, t] += scale * states[t + 1] @ do[b, j, t]
-            d = d + scale * np.outer(q[b, i, t], do[b, j, t])
-            written = d.T @ k[b, i, t]
-            dv[b, j, t], dbeta[b, j, t] = gate[b, j, t] * written, written @ residual
-            dk[b, i, t] += d @ (gate[b, j, t] * residual) - erases * (decayed @ dv[b, j, t])
-            d = d - erases * np.outer(k[b, i, t], dv[b, j, t])
-            dg[b, j, t] = (d * decayed).sum(1)
-            d = np.exp(g[b, j, t])[:, None] * d
-        ds0[b, j] = d
-    return o, last, dq, dk, dv, dbeta if erases else None, dg, ds0
 
 
 def keys(rng, kind, shape):
@@ -89,7 +59,7 @@ def decays(rng, kind, shape):
 
 
 def inputs(rng, shape, *, kind="random", beta=None, decay="mild", erases=True):
-    """q, k, v, beta, g, s0, do, ds of `oracle`."""
+    """q, k, v, beta, g, s0, do, ds of the oracle."""
     h, r, t, key, value, _ = shape
     q, v = rng.normal(size=(1, h, t, key)), rng.normal(size=(1, h * r, t, value))
     k, g = keys(rng, kind, q.shape), decays(rng, decay, (1, h * r, t, key))
@@ -129,7 +99,7 @@ def errors(operands, chunk, dtype=jnp.float32, interpret=True):
     got = kernels(*operands, chunk=chunk, precision=precision, interpret=interpret)
     assert [got[i].dtype for i in (0, 2, 3, 4)] == [dtype] * 4
     exact = [None if x is None else np.asarray(x, np.float64) for x in operands]
-    want = oracle(*exact, scale_of(exact[0]))
+    want = oracles.linear_attention(*exact, scale_of(exact[0]))
     return {n: distance(x, y) for n, x, y in zip(NAMES, got, want, strict=True) if y is not None}
 
 

@@ -233,7 +233,11 @@ def test_extreme_inputs_give_finite_gradients(subject: Subject, rng: np.random.G
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(8, 1, 1), (1, 8, 1), (1, 2, 4)])],
+    ids=str,
+)
 def test_sharded_equals_unsharded(subject: Subject, rng: np.random.Generator, shape: tuple[int, int, int]) -> None:
     module = MIXERS.module_of(subject.cfg)
     data, fsdp, tensor = shape

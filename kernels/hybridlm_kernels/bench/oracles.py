@@ -3,6 +3,8 @@
 Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim.
 """
 
+from typing import Any
+
 import numpy as np
 
 Array = np.ndarray
@@ -62,13 +64,12 @@ def short_conv(x: Array, w: Array, bias: Array, dy: Array) -> tuple[Array, tuple
 
 def gated_linear_attention(
     q: Array, k: Array, v: Array, log_decay: Array, do: Array
-) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = k^-1/2 S_t^T q_t: o and (dq, dk, dv, dg).
+) -> tuple[Array, tuple[Array, ...]]:
+    """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = k^-1/2 S_t^T q_t from a zero state: o and (dq, dk, dv, dg).
 
     q, k [b, t, h, k], v [b, t, h, v], g [b, t, h] or [b, t, h, k].
     """
-    zero = np.zeros(q.shape[:3])
-    o, (dq, dk, dv, _, dg) = _delta(q, k, v, zero, log_decay, do, writes=np.ones(q.shape[:3]))
+    o, (dq, dk, dv, _, dg) = _by_token(q, k, v, None, log_decay, do)
     return o, (dq, dk, dv, dg)
 
 
@@ -76,44 +77,70 @@ def gated_delta_rule(
     q: Array, k: Array, v: Array, beta: Array, log_decay: Array, do: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     """S = Diag(exp g_t) S_{t-1}, S_t = S + beta_t k_t (v_t - S^T k_t)^T, o_t = k^-1/2 S_t^T q_t: o, (dq, ..., dg)."""
-    return _delta(q, k, v, beta, log_decay, do, writes=beta)
+    return _by_token(q, k, v, beta, log_decay, do)
 
 
-def _delta(
-    q: Array, k: Array, v: Array, erases: Array, g: Array, do: Array, writes: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    """u_t = writes_t v_t - erases_t S^T k_t; the fourth cotangent is that of a number that is both."""
-    scale = q.shape[-1] ** -0.5
-    per_channel = g.ndim == 4
-    decay = np.exp(g) if per_channel else np.broadcast_to(np.exp(g)[..., None], q.shape)
-    states, kept, written = [], [], []
-    state = np.zeros((*q.shape[::2][:1], *q.shape[2:], v.shape[-1]))  # b h k v
-    o = np.zeros_like(v)
-    for t in range(q.shape[1]):
-        states.append(state)
-        state = decay[:, t, :, :, None] * state
+def _by_token(q: Array, k: Array, v: Array, beta: Array | None, g: Array, do: Array) -> tuple[Array, tuple[Any, ...]]:
+    state = np.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]))
+    q, k, v, g, do = (np.swapaxes(x, 1, 2) for x in (q, k, v, g, do))
+    beta = None if beta is None else np.swapaxes(beta, 1, 2)
+    o, _, *gradients, _ = linear_attention(q, k, v, beta, g, state, do, state, q.shape[-1] ** -0.5)
+    return np.swapaxes(o, 1, 2), tuple(x if x is None else np.swapaxes(x, 1, 2) for x in gradients)
+
+
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    g: Array,
+    s0: Array,
+    do: Array,
+    ds_last: Array,
+    scale: float,
+) -> tuple[Any, ...]:
+    """Both operations, states and heads of a group included: o, the last state, dq, dk, dv, dbeta, dg and ds0.
+
+    q, k [b, h, t, k]; v, do [b, h r, t, v]; beta [b, h r, t], or None without erasing, and dbeta then is; g [b, h r, t]
+    or [b, h r, t, k]; s0, ds_last [b, h r, k, v].
+    """
+    group = v.shape[1] // q.shape[1]
+    queries, keys = (np.repeat(x, group, axis=1) for x in (q, k))
+    decay = np.broadcast_to(np.exp(g if g.ndim == 4 else g[..., None]), keys.shape)[..., None]  # b h t k 1
+    writes = np.ones(v.shape[:3]) if beta is None else beta
+    erases = np.zeros(v.shape[:3]) if beta is None else beta
+    o, state, kept, written = np.zeros_like(v), s0, [], []
+    for t in range(v.shape[2]):
+        state = decay[:, :, t] * state
         kept.append(state)
-        u = writes[:, t, :, None] * v[:, t] - erases[:, t, :, None] * np.einsum("bhkv,bhk->bhv", state, k[:, t])
-        written.append(u)
-        state = state + k[:, t, :, :, None] * u[:, :, None, :]
-        o[:, t] = scale * np.einsum("bhkv,bhk->bhv", state, q[:, t])
-    dq, dk, dv, dg = (np.zeros_like(x) for x in (q, k, v, decay))
-    dbeta = np.zeros_like(erases)
-    slope = np.zeros_like(state)
-    for t in reversed(range(q.shape[1])):
-        after = kept[t] + k[:, t, :, :, None] * written[t][:, :, None, :]
-        dq[:, t] = scale * np.einsum("bhkv,bhv->bhk", after, do[:, t])
-        slope = slope + scale * q[:, t, :, :, None] * do[:, t, :, None, :]
-        du = np.einsum("bhkv,bhk->bhv", slope, k[:, t])
-        seen = np.einsum("bhkv,bhk->bhv", kept[t], k[:, t])
-        dv[:, t] = writes[:, t, :, None] * du
-        dbeta[:, t] = (du * (v[:, t] - seen)).sum(-1)
-        erased = erases[:, t, :, None] * du
-        dk[:, t] = np.einsum("bhkv,bhv->bhk", slope, written[t]) - np.einsum("bhkv,bhv->bhk", kept[t], erased)
-        slope = slope - k[:, t, :, :, None] * erased[:, :, None, :]
-        dg[:, t] = (slope * states[t]).sum(-1) * decay[:, t]
-        slope = decay[:, t, :, :, None] * slope
-    return o, (dq, dk, dv, dbeta, dg if per_channel else dg.sum(-1))
+        written.append(writes[:, :, t, None] * v[:, :, t] - erases[:, :, t, None] * _read(keys[:, :, t], state))
+        state = state + _outer(keys[:, :, t], written[t])
+        o[:, :, t] = scale * _read(queries[:, :, t], state)
+    dq, dk, dv, dg, dbeta = (np.zeros_like(x) for x in (queries, keys, v, keys, writes))
+    slope = ds_last
+    for t in reversed(range(v.shape[2])):
+        before = kept[t]
+        after = before + _outer(keys[:, :, t], written[t])
+        dq[:, :, t] = scale * np.einsum("bhkv,bhv->bhk", after, do[:, :, t])
+        slope = slope + scale * _outer(queries[:, :, t], do[:, :, t])
+        du = _read(keys[:, :, t], slope)
+        dv[:, :, t] = writes[:, :, t, None] * du
+        dbeta[:, :, t] = (du * (v[:, :, t] - _read(keys[:, :, t], before))).sum(-1)
+        erased = erases[:, :, t, None] * du
+        dk[:, :, t] = np.einsum("bhkv,bhv->bhk", slope, written[t]) - np.einsum("bhkv,bhv->bhk", before, erased)
+        slope = slope - _outer(keys[:, :, t], erased)
+        dg[:, :, t] = (slope * before).sum(-1)
+        slope = decay[:, :, t] * slope
+    dq, dk = (x.reshape(*q.shape[:2], group, *q.shape[2:]).sum(2) for x in (dq, dk))
+    return o, state, dq, dk, dv, None if beta is None else dbeta, dg if g.ndim == 4 else dg.sum(-1), slope
+
+
+def _read(key: Array, state: Array) -> Array:
+    return np.einsum("bhk,bhkv->bhv", key, state)
+
+
+def _outer(key: Array, value: Array) -> Array:
+    return key[..., :, None] * value[..., None, :]
 
 
 def _sigmoid(x: Array) -> Array:

@@ -18,7 +18,15 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from hybridlm_kernels.debug import check_range
-from hybridlm_kernels.dispatch import Tier, UnsupportedKernel, check_operand, check_sequence, choose
+from hybridlm_kernels.dispatch import (
+    PLATFORMS,
+    Tier,
+    UnsupportedKernel,
+    check_operand,
+    check_sequence,
+    choose,
+    tier_module,
+)
 from hybridlm_kernels.jax_compat import align_varying
 from hybridlm_kernels.linear_attention import chunked, reference
 from hybridlm_kernels.segments import check_segment_ids, starts
@@ -232,10 +240,11 @@ def _on_shard(
     b, t, _, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     gates = [x for x in (beta, log_decay) if x is not None]
-    tier = _with_chunk(tier.on_shard(q, k, v, *gates), options.chunk)
-    options = dataclasses.replace(options, axis=sequence_axis)
-    if options.chunk is None and tier.impl != "reference":
-        options = dataclasses.replace(options, chunk=tier.default_chunk(q, k, v, *gates))
+    tier = _serving(tier.on_shard(q, k, v, *gates), options, q, k, v, *gates, erases=beta is not None)
+    chunk = options.chunk
+    if chunk is None and tier.impl != "reference":
+        chunk = tier_module(tier.op, tier.impl).default_chunk(q, k, v, *gates)
+    options = dataclasses.replace(options, chunk=chunk, axis=sequence_axis)
     g = jnp.zeros((b, t, heads), dtype) if log_decay is None else log_decay.astype(dtype)
     beta = None if beta is None else beta.astype(dtype)
     k, beta, g = _fold(k, beta, g, segment_ids, positions, sequence_axis)
@@ -257,14 +266,20 @@ def _on_shard(
     return jnp.swapaxes(o[:, :, :t], 1, 2), s_last
 
 
-def _with_chunk(tier: Tier, chunk: int | None) -> Tier:
-    """`tier`, or what serves this chunk size instead."""
-    if chunk is None or tier.impl in ("reference", "chunked") or chunk in tier.CHUNKS:
+def _serving(tier: Tier, options: _Options, *operands: Array, erases: bool) -> Tier:
+    """`tier`, or the chunked form where a kernel does not serve the chunk size or precision asked for.
+
+    Raises UnsupportedKernel where the kernel was asked for by name.
+    """
+    if tier.impl not in PLATFORMS:
+        return tier
+    refuses = tier_module(tier.op, tier.impl).refuses
+    refusal = refuses(*operands, erases=erases, chunk=options.chunk, precision=options.precision)
+    if refusal is None:
         return tier
     if tier.by_name:
-        served = " or ".join(map(str, tier.CHUNKS))
-        raise UnsupportedKernel(f"impl={tier.impl!r}: {tier.op} chunk_size={chunk}: must be {served}; use auto")
-    return dataclasses.replace(tier, impl="chunked", interpret=False)
+        raise UnsupportedKernel(f"impl={tier.impl!r}: {tier.op} {refusal}; use auto")
+    return Tier(tier.op, "chunked", by_name=False)
 
 
 def _at_the_end(x: Array, padding: int) -> list[tuple[int, int]]:

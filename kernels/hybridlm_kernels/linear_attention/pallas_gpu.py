@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hybridlm_kernels.dispatch import UnsupportedKernel
 from hybridlm_kernels.linear_attention import gpu_channel_gradients, gpu_channels, gpu_gradients, gpu_states
 from hybridlm_kernels.linear_attention.gpu_blocks import BLOCK, PIECES
 from hybridlm_kernels.linear_attention.gpu_prepare import Chunks, gates, prepare
 
-CHUNKS = (BLOCK,)
 DIMS = (64, 128)
 SHARED_BYTES = 227 * 1024  # of one multiprocessor's, for one block of threads
 
@@ -36,6 +34,22 @@ def supports(q: Operand, k: Operand, v: Operand, *gates: Operand, compute_capabi
     for name, dim in (("key", q.shape[-1]), ("value", v.shape[-1])):
         if dim not in DIMS:
             return f"{name} dim {dim}: must be {' or '.join(map(str, DIMS))}"
+    return None
+
+
+def refuses(
+    q: Operand, k: Operand, v: Operand, *gates: Operand, erases: bool, chunk: int | None, precision: str
+) -> str | None:
+    """Why the kernels cannot serve this chunk size, None being their own, at this precision; None where they can."""
+    if chunk not in (None, BLOCK):
+        return f"chunk_size={chunk}: must be {BLOCK}"
+    needs = gpu_channel_gradients.shared_bytes if gates[-1].ndim == 4 else gpu_gradients.shared_bytes
+    needed = needs(k.shape[-1], v.shape[-1], PIECES[precision], erases=erases)
+    if needed > SHARED_BYTES:
+        return (
+            f"precision={precision!r}: needs {needed >> 10} KiB of shared memory, of {SHARED_BYTES >> 10}, with key"
+            f" dim {k.shape[-1]} and value dim {v.shape[-1]}; must be default"
+        )
     return None
 
 
@@ -58,9 +72,8 @@ def forward(
 ) -> tuple[Array, Array, Array | None]:
     """o [b, h r, t, v], the last state [b, h r, k, v] float32 and, to `save`, the states that `adjoint` needs."""
     assert chunk == BLOCK
-    num_pieces = pieces_of(precision, k, v, g, erases=beta is not None)
     queries, keys, values, state = (merged(x) for x in (q, k, v, s0))
-    options = {"scale": scale, "num_pieces": num_pieces}
+    options = {"scale": scale, "num_pieces": PIECES[precision]}
     chunks = chunks_of(queries, keys, beta, g, **options)
     o, last, states = gpu_states.forward(chunks, values, state, save=save, **options)
     return o.reshape(v.shape), last.reshape(s0.shape), states
@@ -83,7 +96,7 @@ def adjoint(
     """dq, dk, dv in their operands' dtypes, dbeta (None without beta), dg and ds0 in float32."""
     assert chunk == BLOCK
     queries, keys, values, given, d_state = (merged(x) for x in (q, k, v, do, ds_last))
-    options = {"scale": scale, "num_pieces": pieces_of(precision, k, v, g, erases=beta is not None)}
+    options = {"scale": scale, "num_pieces": PIECES[precision]}
     chunks = chunks_of(queries, keys, beta, g, **options)
     dr, ds0, dstates = gpu_states.backward(chunks, given, d_state, **options)
     if g.ndim == 4:
@@ -109,19 +122,6 @@ def chunks_of(q: Array, k: Array, beta: Array | None, g: Array, *, scale: float,
     if g.ndim == 3:
         return prepare(q, k, gates(beta, g), **options)
     return gpu_channels.prepare(q, k, merged(g).astype(jnp.float32), gpu_channels.channel_gates(beta, g), **options)
-
-
-def pieces_of(precision: str, k: Array, v: Array, g: Array, *, erases: bool) -> int:
-    """The bfloat16 pieces of what is computed. Raises UnsupportedKernel where so many do not fit shared memory."""
-    num_pieces = PIECES[precision]
-    needs = gpu_gradients.shared_bytes if g.ndim == 3 else gpu_channel_gradients.shared_bytes
-    needed = needs(k.shape[-1], v.shape[-1], num_pieces, erases=erases)
-    if needed > SHARED_BYTES:
-        raise UnsupportedKernel(
-            f"precision {precision!r} with key dim {k.shape[-1]} and value dim {v.shape[-1]} needs {needed >> 10} KiB"
-            f" of shared memory, of {SHARED_BYTES >> 10}; take precision='default', or impl='chunked'"
-        )
-    return num_pieces
 
 
 def merged(x: Array) -> Array:

@@ -36,6 +36,11 @@ def supports(q: Any, k: Any, v: Any, *gates: Any) -> str | None:
     return None
 
 
+def refuses(q: Any, k: Any, v: Any, *gates: Any, erases: bool, chunk: int | None, precision: str) -> str | None:
+    """Why the kernels cannot serve this chunk size, None being their own, at this precision; None where they can."""
+    return None if chunk in (None, *CHUNKS) else f"chunk_size={chunk}: must be {CHUNKS[0]} or {CHUNKS[1]}"
+
+
 def default_chunk(q: Any, k: Any, v: Any, *gates: Any) -> int:
     """The chunk size to use where none is asked for; operands as for `supports`."""
     return 128

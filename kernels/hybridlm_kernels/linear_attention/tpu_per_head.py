@@ -108,8 +108,9 @@ def gates(number: int, g: Array, beta: Array | None, precision: str) -> Gates:
     c = g.shape[1]
     g = jnp.maximum(g, NOTHING_LEFT)
     until = lower(c).astype(jnp.bfloat16)
-    # A difference of sums keeps their absolute error. Integers sum exactly, and fractions stay small.
-    parts = [jnp.round(g), g - jnp.round(g)] if precision == "highest" else [g]
+    # A difference of sums keeps their absolute error. Integers sum exactly, and fractions stay small. Unsplit it is
+    # 5e-4 behind a hundred documents that were forgotten: less than what bfloat16 rounds off.
+    parts = [g] if precision == "default" else [jnp.round(g), g - jnp.round(g)]
     sums = [dot(part, until, "highest", "nt") for part in parts]  # over l <= i
     after = jnp.exp(dot(g, lower(c, strict=True).astype(jnp.bfloat16), "highest"))  # over l > j
     columns = transpose(sums)
