@@ -58,18 +58,21 @@ def kernels_of(config: Config, topology: Topology | None) -> list[Row]:
 
 
 def kernels_at(topology: Topology | None) -> list[Row]:
-    """Every operation at 2560 channels or 16 heads of 128, for who has no config at hand."""
+    """Every operation at 2560 channels, 16 heads of 128 or 16 experts of 2048 x 1024, for who has no config at hand."""
     x = jax.ShapeDtypeStruct((1, 4096, 2560), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     taps = jax.ShapeDtypeStruct((4, 2560), jnp.float32)
     heads = jax.ShapeDtypeStruct((1, 4096, 16, 128), jnp.bfloat16)
     per_head = jax.ShapeDtypeStruct(heads.shape[:3], jnp.float32)
+    rows = jax.ShapeDtypeStruct((16384, 2048), jnp.bfloat16)
+    experts = jax.ShapeDtypeStruct((16, 2048, 1024), jnp.bfloat16)
     calls = {
         "linear_scan": (x, x),
         "rg_lru": (x, gate, gate),
         "short_conv": (x, taps),
         "gated_linear_attention": (heads, heads, heads, per_head),
         "gated_delta_rule": (heads, heads, heads, per_head, per_head),
+        "grouped_matmul": (rows, experts, jax.ShapeDtypeStruct((16,), jnp.int32)),
     }
     scope = contextlib.nullcontext()
     if topology is not None:

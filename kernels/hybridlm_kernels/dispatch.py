@@ -27,9 +27,12 @@ PACKAGES = {
     "short_conv": "short_conv",
     "gated_linear_attention": "linear_attention",
     "gated_delta_rule": "linear_attention",
+    "grouped_matmul": "grouped_matmul",
 }
 """Where an operation lives; the modules `pallas_tpu` and `pallas_gpu` of its package are the kernels."""
 OPS = tuple(PACKAGES)
+WITHOUT_TIME = ("grouped_matmul",)
+"""Operations whose operands have no time axis."""
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 NOT_YET_RUN = {"pallas_gpu": "is compiled and interpreted in tests but has not run on a GPU yet: ask for it by name"}
 """What serves when named, and "auto" leaves alone."""
@@ -103,7 +106,7 @@ def explain(
     op: str, *operands: Array | jax.ShapeDtypeStruct, impl: str = "auto", target: Target | None = None
 ) -> Explanation:
     """Which implementation `op` takes for its operands (arrays or `jax.ShapeDtypeStruct`s, in the order of its
-    signature; time in axis 1) on `target`, and why.
+    signature; time, if any, in axis 1) on `target`, and why.
 
     `target` is the device that the operands or the mesh in scope belong to, else the process's own.
 
@@ -122,7 +125,7 @@ def explain(
 
 
 def _automatic(op: str, operands: Sequence[Any], target: Target) -> tuple[str, tuple[str, ...]]:
-    if operands and operands[0].shape[1:2] == (1,):
+    if operands and op not in WITHOUT_TIME and operands[0].shape[1:2] == (1,):
         return "chunked", ("one token is evaluated directly, without a loop",)
     for impl, platform in PLATFORMS.items():
         if platform == target.platform and operands:

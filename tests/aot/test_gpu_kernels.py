@@ -1,5 +1,6 @@
-"""The GPU kernels compile for an H200 at the shapes of griffin_1b, forward and backward, without spilling."""
+"""The GPU kernels compile for an H200 without spilling, at the shapes of griffin_1b and of a layer of experts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hybridlm_kernels.bench import static_gpu
+from hybridlm_kernels.grouped_matmul import pallas_gpu as grouped_matmul
 from hybridlm_kernels.linear_scan import pallas_gpu as linear_scan
 from hybridlm_kernels.rg_lru import pallas_gpu as rg_lru
 from hybridlm_kernels.short_conv import pallas_gpu as short_conv
+from jax.sharding import NamedSharding, PartitionSpec
 
 pytestmark = pytest.mark.gpu_aot
 T, D, TAPS = 4096, 2560, 4  # griffin_1b's recurrence, two of its sequences long
@@ -74,6 +77,46 @@ def test_complex_scans_compile_without_spills(b: int, packed: bool) -> None:
         for kernel in static_gpu.analyze(function, operands):
             print(kernel)
             assert kernel.spilled_bytes == 0, str(kernel)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "num_groups", "dtype"),
+    [
+        (131072, 2048, 1024, 64, "bfloat16"),  # what an expert-parallel layer of 64 experts multiplies
+        (64, 2048, 1408, 8, "bfloat16"),  # tokens of one decoding step
+        (1000, 320, 192, 5, "float16"),
+    ],
+)
+def test_grouped_products_compile_without_spills(m: int, k: int, n: int, num_groups: int, dtype: str) -> None:
+    x, dy, w = (Struct(shape, jnp.dtype(dtype)) for shape in ((m, k), (m, n), (num_groups, k, n)))
+    sizes = Struct((num_groups,), jnp.int32)
+    for function, operands in (
+        (grouped_matmul.forward, [x, w, sizes]),
+        (grouped_matmul.transposed, [dy, w, sizes]),
+        (functools.partial(grouped_matmul.weights, dtype=jnp.float32), [x, dy, sizes]),
+        (functools.partial(grouped_matmul.weights, dtype=x.dtype), [x, dy, sizes]),
+    ):
+        (kernel,) = static_gpu.analyze(function, operands)
+        print(kernel)
+        assert kernel.spilled_bytes == 0, str(kernel)
+        assert kernel.registers * kernel.threads <= static_gpu.REGISTERS
+
+
+def test_grouped_products_need_little_memory_beyond_operands_and_results() -> None:
+    m, k, n, num_groups = 131072, 2048, 1024, 64
+    shapes = {"x": (m, k), "dy": (m, n), "w": (num_groups, k, n)}
+
+    def train(x: Any, w: Any, dy: Any, sizes: Any) -> Any:
+        y = grouped_matmul.forward(x, w, sizes)
+        return y, grouped_matmul.transposed(dy, w, sizes), grouped_matmul.weights(x, dy, sizes, w.dtype)
+
+    mesh = static_gpu.absent_h200()
+    replicated = NamedSharding(mesh, PartitionSpec())
+    x, dy, w = (Struct(shapes[name], jnp.bfloat16, sharding=replicated) for name in ("x", "dy", "w"))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(train).lower(x, w, dy, Struct((num_groups,), jnp.int32, sharding=replicated)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 2**20
 
 
 def test_a_program_without_kernels_is_an_error() -> None:

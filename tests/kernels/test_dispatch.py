@@ -14,6 +14,7 @@ from hybridlm_kernels import (
     explain,
     gated_delta_rule,
     gated_linear_attention,
+    grouped_matmul,
     linear_scan,
     rg_lru,
     short_conv,
@@ -59,6 +60,7 @@ def calls(impl):
         "short_conv": lambda: short_conv(X, W, impl=impl),
         "gated_linear_attention": lambda: gated_linear_attention(Q, Q, Q, DECAY, impl=impl),
         "gated_delta_rule": lambda: gated_delta_rule(Q, Q, Q, -DECAY, DECAY, impl=impl),
+        "grouped_matmul": lambda: grouped_matmul(X[0], X[:, :8], jnp.array([4, 0, 5, 0]), impl=impl),
     }
 
 
@@ -81,6 +83,11 @@ def abstract_operands(op, dtype):
         "short_conv": [*shapes(2, 1024, 256, dtype=dtype, num=1), jax.ShapeDtypeStruct((4, 256), wide)],
         "gated_linear_attention": [*heads, gate],
         "gated_delta_rule": [*heads, gate, gate],
+        "grouped_matmul": [
+            *shapes(1024, 256, dtype=dtype, num=1),
+            *shapes(4, 256, 128, dtype=dtype, num=1),
+            *shapes(4, dtype=jnp.int32, num=1),
+        ],
     }[op]
 
 

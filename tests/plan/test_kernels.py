@@ -23,7 +23,7 @@ def test_a_griffin_on_tpu_takes_its_kernels_and_decodes_without_a_loop() -> None
 
 def test_operands_are_shown_as_they_are_sharded() -> None:
     rows = kernels_of(load_config("griffin_1b"), topology("v5p:2x2x2"))
-    assert rows[0].operands[0] == "bfloat16[512@(data,fsdp),2048,2560@tensor]"
+    assert rows[0].operands[0] == "bfloat16[512@(data,fsdp,expert),2048,2560@tensor]"
 
 
 def test_without_a_config_every_operation_is_listed() -> None:

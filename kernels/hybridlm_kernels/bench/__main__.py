@@ -57,7 +57,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         type=shape,
         metavar="B,T,D",
-        help="batch, time, channels; B,T,H,K,V of what has heads: key and value dims",
+        help="batch, time, channels; B,T,H,K,V of what has heads: key and value dims; M,K,N,G of grouped_matmul: rows, "
+        "inputs, outputs, groups",
     )
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="bfloat16, float32; both unless given")
     parser.add_argument("--impl", nargs="+", metavar="IMPL", help="all that run on the device unless given")

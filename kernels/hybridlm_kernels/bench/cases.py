@@ -1,5 +1,6 @@
 """The operations that the bench knows: random operands, floors, oracle, implementations, peers. A new operation adds a
-`Case`. Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim.
+`Case`. Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim. Of
+`grouped_matmul`: m rows, k inputs, n outputs, g groups.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 import hybridlm_kernels as kernels
@@ -36,6 +38,12 @@ HEAD_SHAPES: dict[str, list[Shape]] = {
     "gpu": [(2, 8192, 16, 128, 128)],
     "tpu": [(2, 8192, 16, 128, 128)],
     "static": [(1, 8192, 16, 128, 128)],
+}
+GROUP_SHAPES: dict[str, list[Shape]] = {
+    "cpu": [(4096, 512, 1024, 8), (4096, 512, 1024, 64)],
+    "gpu": [(131072, 2048, 1024, 64)],
+    "tpu": [(131072, 2048, 1024, 8), (16384, 2048, 1024, 64)],
+    "static": [(16384, 2048, 1024, 16), (16384, 2048, 1024, 64)],
 }
 CHUNK = 64
 """Tokens of a chunk in the count of what the chunkwise form has to multiply."""
@@ -70,6 +78,8 @@ class Case:
     """By platform, and "static" for what is compiled only."""
     cut: Shape = (2, 300, 4096)
     """The largest that is compared with the oracle, a loop in NumPy. 300 tokens fill no block."""
+    yardsticks: tuple[str, ...] = ()
+    """Peers that compute something else of the same size: timed, and not compared with the oracle."""
 
     def implementations(self) -> tuple[str, ...]:
         """Every name that `function` takes: our own first, then the peers."""
@@ -166,6 +176,31 @@ def _delta_operands(per_channel: bool, key: Array, shape: Shape, dtype: str) -> 
     *qkv, log_decay = _attention_operands(per_channel, key, shape, dtype)
     beta = jax.nn.sigmoid(jax.random.normal(jax.random.fold_in(key, 1), shape[:3]))
     return *qkv, beta, log_decay
+
+
+def _group_operands(key: Array, shape: Shape, dtype: str) -> Operands:
+    m, k, n, g = shape
+    x, w = _normal(key, (m, k), (g, k, n))
+    return x.astype(dtype), (w / k**0.5).astype(dtype)
+
+
+def group_sizes(num_rows: int, num_groups: int) -> np.ndarray:
+    """Groups of all the rows whose sizes differ by half of their mean, so that borders fall anywhere."""
+    weights = np.random.default_rng(0).dirichlet(np.full(num_groups, 4.0))
+    return np.diff(np.round(np.cumsum(weights) * num_rows), prepend=0).astype(np.int32)
+
+
+def _known_at_run_time(x: Array, w: Array) -> Array:
+    return jax.lax.optimization_barrier(jnp.asarray(group_sizes(x.shape[0], w.shape[0])))
+
+
+def _group_floors(shape: Shape, dtype: str) -> tuple[Floor, Floor]:
+    """Operands and results once: x, w -> y; x, w, dy -> dx, dw."""
+    m, k, n, g = shape
+    rows, weights, size = m * (k + n), g * k * n, jnp.dtype(dtype).itemsize
+    flops = 2 * m * k * n
+    backward = Floor((2 * m * k + m * n + 2 * weights) * size, 2 * flops, 2 * flops)
+    return Floor((rows + weights) * size, flops, flops), backward
 
 
 def _per_channel(streams: tuple[int, int], flops: tuple[int, int], shape: Shape, dtype: str) -> tuple[Floor, Floor]:
@@ -270,6 +305,22 @@ CASES = {
             partial(_per_state, lambda k: k + 1, True),
             peers={"deltanet_tpu": peers.deltanet_tpu_kda},
             **_HEADS,
+        ),
+        Case(
+            "grouped_matmul",
+            _group_operands,
+            lambda x, w, impl: kernels.grouped_matmul(x, w, _known_at_run_time(x, w), impl=impl),
+            lambda x, w, dy: oracles.grouped_matmul(x, w, group_sizes(len(x), len(w)), dy),
+            _group_floors,
+            peers={
+                "megablox": lambda x, w: peers.megablox(x, w, _known_at_run_time(x, w)),
+                "ragged_dot": lambda x, w: peers.ragged_dot(x, w, _known_at_run_time(x, w)),
+                "dense": peers.dense_matmul,
+            },
+            yardsticks=("dense",),
+            dims="M,K,N,G",
+            shapes=GROUP_SHAPES,
+            cut=(700, 256, 128, 8),
         ),
     )
 }

@@ -1,6 +1,7 @@
 """Outputs and gradients in float64, token by token in NumPy, written without sight of the kernels.
 
-Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim.
+Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim. Of
+`grouped_matmul`: m rows, k inputs, n outputs, g groups.
 """
 
 from typing import Any
@@ -60,6 +61,15 @@ def short_conv(x: Array, w: Array, bias: Array, dy: Array) -> tuple[Array, tuple
         dpadded[:, k : k + t] += w[k] * dbefore
         dw[k] = (padded[:, k : k + t] * dbefore).sum((0, 1))
     return before * gate, (dpadded[:, taps - 1 :], dw, dbefore.sum((0, 1)))
+
+
+def grouped_matmul(x: Array, w: Array, sizes: Array, dy: Array) -> tuple[Array, tuple[Array, Array]]:
+    """y_i = x_i w[j], row i of the rows sorted by group being of group j: y and (dx, dw). x [m, k], w [g, k, n]"""
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    for i, j in enumerate(np.repeat(np.arange(len(w)), sizes)):
+        y[i], dx[i] = x[i] @ w[j], w[j] @ dy[i]
+        dw[j] += np.outer(x[i], dy[i])
+    return y, (dx, dw)
 
 
 def gated_linear_attention(

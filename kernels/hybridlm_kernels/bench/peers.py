@@ -1,6 +1,7 @@
 """Other people's ways to compute what ours do, to time beside them.
 
-Letters: b batch, t time, d channels, w taps, h heads, n chunks, c chunk, k key dim, v value dim.
+Letters: b batch, t time, d channels, w taps, h heads, n chunks, c chunk, k key dim, v value dim. Of
+`grouped_matmul`: m rows, k inputs, n outputs, g groups.
 """
 
 import importlib
@@ -16,7 +17,7 @@ from hybridlm_kernels.target import target_of
 
 RG_LRU_SCALE = 8.0  # c of De et al. 2024 (arXiv:2402.19427), section 2.4
 
-PLATFORMS = {"deltanet_tpu": "tpu"}
+PLATFORMS = {"deltanet_tpu": "tpu", "megablox": "tpu"}
 """Of the peers that run on one alone."""
 
 
@@ -129,3 +130,23 @@ def solve_triangular_delta_rule(q: Array, k: Array, v: Array, beta: Array, log_d
     o = jax.lax.scan(one_chunk, state, xs)[1]  # n b h c v
     o = jnp.moveaxis(o, (0, 3), (1, 2)).reshape(q.shape[0], -1, *v.shape[2:])
     return (scale * o[:, :t]).astype(v.dtype)
+
+
+def megablox(x: Array, w: Array, group_sizes: Array) -> Array:
+    """grouped_matmul by JAX's own Pallas kernels for TPU, in tiles of 512 x 1,024 x 1,024 as MaxText sets them."""
+    gmm = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox").gmm
+    tiling = tuple(min(most, size) for most, size in zip((512, 1024, 1024), (*x.shape, w.shape[2]), strict=True))
+    return gmm(x, w, group_sizes, x.dtype, tiling)
+
+
+def ragged_dot(x: Array, w: Array, group_sizes: Array) -> Array:
+    """grouped_matmul by `jax.lax.ragged_dot`. x [m, k], w [g, k, n]"""
+    dtype = jnp.result_type(x.dtype, jnp.float32)
+    precision = "highest" if x.dtype == dtype else None
+    return jax.lax.ragged_dot(x, w, group_sizes, precision, dtype).astype(x.dtype)
+
+
+def dense_matmul(x: Array, w: Array) -> Array:
+    """All rows times the first matrix: as many operations as a grouped product has, and another result."""
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, w[0], precision=precision)
