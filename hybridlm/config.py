@@ -17,6 +17,17 @@ from hybridlm.config_check import (
     PositiveInt,
     Range,
 )
+from hybridlm.config_ffns import FFN as FFN
+from hybridlm.config_ffns import GLU as GLU
+from hybridlm.config_ffns import Bilinear as Bilinear
+from hybridlm.config_ffns import Capacity as Capacity
+from hybridlm.config_ffns import Dispatch as Dispatch
+from hybridlm.config_ffns import Dropless as Dropless
+from hybridlm.config_ffns import GatedMLP as GatedMLP
+from hybridlm.config_ffns import GeGLU as GeGLU
+from hybridlm.config_ffns import MoE as MoE
+from hybridlm.config_ffns import ReGLU as ReGLU
+from hybridlm.config_ffns import SwiGLU as SwiGLU
 from hybridlm.config_mixers import HGRN2 as HGRN2
 from hybridlm.config_mixers import RGLRU as RGLRU
 from hybridlm.config_mixers import Attention as Attention
@@ -30,10 +41,22 @@ from hybridlm.config_mixers import Mamba2 as Mamba2
 from hybridlm.config_mixers import Mixer as Mixer
 from hybridlm.config_mixers import RetNet as RetNet
 from hybridlm.config_mixers import SimpleGLA as SimpleGLA
-
-
-class FFN(Node):
-    """Base of the configs of channel mixers."""
+from hybridlm.config_routers import AdaptiveTopK as AdaptiveTopK
+from hybridlm.config_routers import Comet as Comet
+from hybridlm.config_routers import DenseToSparse as DenseToSparse
+from hybridlm.config_routers import DSelectK as DSelectK
+from hybridlm.config_routers import ExpertChoice as ExpertChoice
+from hybridlm.config_routers import Gate as Gate
+from hybridlm.config_routers import GRKANGate as GRKANGate
+from hybridlm.config_routers import GShardTop2 as GShardTop2
+from hybridlm.config_routers import HashRouter as HashRouter
+from hybridlm.config_routers import LinearGate as LinearGate
+from hybridlm.config_routers import NoisyTopK as NoisyTopK
+from hybridlm.config_routers import PreGated as PreGated
+from hybridlm.config_routers import RecurrentGate as RecurrentGate
+from hybridlm.config_routers import Router as Router
+from hybridlm.config_routers import Switch as Switch
+from hybridlm.config_routers import TopK as TopK
 
 
 class Optimizer(Node):
@@ -46,34 +69,6 @@ class Optimizer(Node):
 
 class Schedule(Node):
     """Base of the configs of learning rate schedules."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedMLP(FFN):
-    """(act(x W_gate) * x W_up) W_down (Shazeer, 2020, arXiv:2002.05202). Use one of the five named subclasses."""
-
-    hidden: PositiveInt
-    bias: bool = False
-
-
-class GLU(GatedMLP):
-    """act = sigmoid."""
-
-
-class Bilinear(GatedMLP):
-    """act = identity."""
-
-
-class ReGLU(GatedMLP):
-    """act = ReLU."""
-
-
-class GeGLU(GatedMLP):
-    """act = GELU (tanh form)."""
-
-
-class SwiGLU(GatedMLP):
-    """act = SiLU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +115,25 @@ class Model(Node):
                         f"{name}.{i}.mixer.num_heads",
                         f"={mixer.num_heads}: model.width={self.width} must divide by it, or set head_dim",
                     )
+        self._check_routers()
+
+    def _check_routers(self) -> None:
+        kinds = {(block.ffn.router, block.ffn.num_experts) for block in self.blocks() if isinstance(block.ffn, MoE)}
+        for name in ("prologue", "pattern", "epilogue"):
+            for i, block in enumerate(getattr(self, name)):
+                if isinstance(block.ffn, MoE):
+                    router = block.ffn.router
+                    layers = sum(isinstance(b.ffn, MoE) and b.ffn.router == router for b in self.blocks())
+                    try:
+                        router.check_stack(tuple(kinds), layers)
+                    except ConfigError as error:
+                        raise error.under(f"{name}.{i}.ffn.router") from None
+
+    def blocks(self) -> list[Block]:
+        """Every block in order, the pattern repeated."""
+        middle = self.num_layers - len(self.prologue) - len(self.epilogue)
+        repeated = [self.pattern[i % len(self.pattern)] for i in range(middle)]
+        return [*self.prologue, *repeated, *self.epilogue]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +186,8 @@ class AdamW(Optimizer):
     b2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = 1.0
+    router_bias_rate: NonNegativeFloat = 0.001
+    """By how much a step raises or lowers the biases of routers with `bias_balance`."""
     schedule: Schedule = Cosine()
 
 
@@ -227,11 +243,13 @@ class Mesh(Node):
     """Batch only; parameters are replicated."""
     fsdp: MeshSize = 1
     """Batch, and parameters sharded (ZeRO-3)."""
+    expert: MeshSize = 1
+    """Batch, experts, and the other parameters sharded as by fsdp."""
     tensor: MeshSize = 1
     """Heads, channels and vocabulary."""
 
     def check(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
         for name, size in sizes.items():
             if size == 0:
                 raise ConfigError(name, "=0: must be at least 1, or -1 for the devices that are left")
@@ -257,6 +275,7 @@ class Kernels(Node):
     short_conv: Tier = "auto"
     gated_linear_attention: Tier = "auto"
     gated_delta_rule: Tier = "auto"
+    grouped_matmul: Tier = "auto"
     check_values: bool = False
     """Stop where a log decay is positive or a beta outside [0, 2]. For debugging: every step reads them once more."""
 
@@ -273,3 +292,23 @@ class Config(Node):
     checkpoint: Checkpoint = Checkpoint()
     sharding: Sharding = Sharding()
     kernels: Kernels = Kernels()
+
+    def check(self) -> None:
+        for i, block in enumerate(self.model.blocks()):
+            ffn = block.ffn
+            if not isinstance(ffn, MoE):
+                continue
+            experts, slices = self.sharding.mesh.expert, ffn.dispatch.slices
+            if experts != -1 and ffn.num_experts % experts:
+                raise ConfigError(
+                    "sharding.mesh.expert", f"={experts}: must divide num_experts={ffn.num_experts} of layer {i}"
+                )
+            if experts > 1 and experts % slices:
+                raise ConfigError(
+                    "sharding.mesh.expert", f"={experts}: must divide by dispatch.slices={slices} of layer {i}"
+                )
+            group = ffn.dispatch.group_size if isinstance(ffn.dispatch, Capacity) else None
+            if group is not None and self.data.seq_len % group:
+                raise ConfigError(
+                    "data.seq_len", f"={self.data.seq_len}: must divide by group_size={group} of layer {i}"
+                )

@@ -28,21 +28,24 @@ PEAK_FLOPS = {
 }
 
 
-def blocks_of(model: config.Model) -> list[config.Block]:
-    """Every block in order, the pattern repeated."""
-    middle = model.num_layers - len(model.prologue) - len(model.epilogue)
-    repeated = [model.pattern[i % len(model.pattern)] for i in range(middle)]
-    return [*model.prologue, *repeated, *model.epilogue]
-
-
 def forward_flops(model: config.Model, length: int) -> int:
     """Forward FLOPs per token at sequence length `length`, head included."""
     context = make_context(model, config.Kernels())
     total = 2 * model.width * model.vocab_size
-    for block in blocks_of(model):
+    for block in model.blocks():
         total += MIXERS.module_of(block.mixer).flops(block.mixer, context, length)
         if block.ffn is not None:
             total += FFNS.module_of(block.ffn).flops(block.ffn, context)
+    return total
+
+
+def idle_parameters(model: config.Model) -> int:
+    """Parameters that a token does not use: those of the experts that it does not go to, on average."""
+    context = make_context(model, config.Kernels())
+    total = 0
+    for block in model.blocks():
+        idle = None if block.ffn is None else getattr(FFNS.module_of(block.ffn), "idle_parameters", None)
+        total += 0 if idle is None else idle(block.ffn, context)
     return total
 
 

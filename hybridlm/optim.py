@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from hybridlm import config
@@ -48,9 +49,11 @@ def make_adamw(optimizer: config.AdamW, schedule: Callable[[Any], Any]) -> optax
         weight_decay=optimizer.weight_decay,
         mask=decayed,
     )
-    if optimizer.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+    if optimizer.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+    balance = optax.chain(optax.scale_by_sign(), optax.scale(-optimizer.router_bias_rate))
+    # Masked, so that their state and the norm that gradients are clipped by are of derivatives alone.
+    return optax.chain(optax.masked(adamw, is_derivative), optax.masked(balance, is_balance_bias))
 
 
 OPTIMIZERS: dict[type[config.Optimizer], Callable[..., optax.GradientTransformation]] = {config.AdamW: make_adamw}
@@ -79,3 +82,16 @@ def decayed(params: Any) -> Any:
         return name in ("embedding", "w") or name.startswith("w_")
 
     return jax.tree_util.tree_map_with_path(is_weight, params)
+
+
+def derivatives(grads: Any) -> Any:
+    """`grads` with zeros for what is none: a router's `balance_bias` gets the excess of its experts' loads instead."""
+    return jax.tree.map(lambda g, keep: g if keep else jnp.zeros_like(g), grads, is_derivative(grads))
+
+
+def is_balance_bias(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) == "balance_bias", params)
+
+
+def is_derivative(params: Any) -> Any:
+    return jax.tree.map(lambda is_bias: not is_bias, is_balance_bias(params))

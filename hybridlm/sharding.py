@@ -18,17 +18,19 @@ from hybridlm.config_check import ConfigError
 
 T = TypeVar("T")
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 # Logical axis -> mesh axes. An axis that is not listed is replicated.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "batch": ("data", "fsdp", "expert"),
+    "embed": ("fsdp", "expert"),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "lru": ("tensor",),
-    # Rows over both axes and whole embeddings: a table sharded over `embed` too makes XLA copy it whole on lookup.
-    "vocab": ("fsdp", "tensor"),
+    # Rows over all axes and whole embeddings: a table sharded over `embed` too makes XLA copy it whole on lookup.
+    "vocab": ("fsdp", "expert", "tensor"),
     "logits": ("tensor",),
 }
 
@@ -38,7 +40,7 @@ def mesh_shape(mesh: config.Mesh, num_devices: int) -> tuple[int, ...]:
 
     Raises ConfigError where the sizes do not multiply to the number of devices.
     """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     text = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
@@ -62,9 +64,10 @@ def check_batch(train: config.Train, mesh: jax.sharding.Mesh) -> None:
     parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     rows = train.batch_size // train.num_microbatches
     if rows % parts:
+        axes = " x ".join(RULES["batch"])
         raise ConfigError(
             "train.batch_size",
-            f"={train.batch_size}: {rows} sequences per microbatch must divide by data x fsdp = {parts} devices",
+            f"={train.batch_size}: {rows} sequences per microbatch must divide by {axes} = {parts} devices",
         )
 
 
@@ -110,8 +113,18 @@ def param(
     return nnx.Param(constrain(value, *axes))
 
 
+def total(x: jax.Array, logical: str) -> jax.Array:
+    """The sum over the devices that a logical axis is spread over, inside `per_device`; `x` where there is no mesh."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, RULES[logical])
+
+
+def position(logical: str) -> jax.Array | int:
+    """Which part of a logical axis this device has, inside `per_device`; 0 where there is no mesh."""
+    return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(RULES[logical])
+
+
 def per_device(f: Callable[..., T], in_axes: Any, out_axes: Any) -> Callable[..., T]:
-    """`f` run on each device's part of its operands, without communication; plain `f` where no mesh is in scope.
+    """`f` run on each device's part of its operands, with no communication but its own; plain `f` without a mesh.
 
     `in_axes` and `out_axes` are pytrees (prefixes) of tuples of logical axes, one tuple per array.
     """
@@ -122,7 +135,10 @@ def per_device(f: Callable[..., T], in_axes: Any, out_axes: Any) -> Callable[...
     local = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def run(*args: Any) -> T:
-        return local(*jax.tree.map(lambda axes, x: constrain(x, *axes), in_axes, args, is_leaf=_is_axes))
+        def place(axes: tuple[str | None, ...], part: Any) -> Any:
+            return jax.tree.map(lambda x: constrain(x, *axes), part)
+
+        return local(*jax.tree.map(place, in_axes, args, is_leaf=_is_axes))
 
     return run
 

@@ -101,10 +101,10 @@ def test_a_mistake_is_told_before_jax_is_loaded(words: str, process_environment:
     [
         (
             ("--sharding.mesh.data=3",),
-            ("sharding.mesh: data=3, fsdp=1, tensor=1 needs 3 devices, which must equal the 8 there are",),
+            ("sharding.mesh: data=3, fsdp=1, expert=1, tensor=1 needs 3 devices, which must equal the 8 there are",),
         ),
         (("--sharding.mesh.fsdp=3",), ("sharding.mesh: ", "must divide the 8", "set one axis to -1")),
-        (("--train.batch_size=12",), ("train.batch_size=12: ", "must divide by data x fsdp = 8")),
+        (("--train.batch_size=12",), ("train.batch_size=12: ", "must divide by data x fsdp x expert = 8")),
         (
             ("--sharding.mesh.tensor=8",),
             (

@@ -54,12 +54,12 @@ def mesh_config(shape: tuple[int, int, int]) -> config.Mesh:
 @pytest.mark.parametrize(
     ("sizes", "num_devices", "want"),
     [
-        ((-1, 1, 1), 8, (8, 1, 1)),
-        ((2, -1, 2), 8, (2, 2, 2)),
-        ((1, 1, -1), 6, (1, 1, 6)),
-        ((2, 3, 4), 24, (2, 3, 4)),
-        ((-1, 1, 1), 1, (1, 1, 1)),
-        ((2, 2, -1), 4, (2, 2, 1)),
+        ((-1, 1, 1), 8, (8, 1, 1, 1)),
+        ((2, -1, 2), 8, (2, 2, 1, 2)),
+        ((1, 1, -1), 6, (1, 1, 1, 6)),
+        ((2, 3, 4), 24, (2, 3, 1, 4)),
+        ((-1, 1, 1), 1, (1, 1, 1, 1)),
+        ((2, 2, -1), 4, (2, 2, 1, 1)),
     ],
 )
 def test_one_axis_takes_the_devices_that_are_left(sizes: Any, num_devices: int, want: Any) -> None:
@@ -69,9 +69,21 @@ def test_one_axis_takes_the_devices_that_are_left(sizes: Any, num_devices: int, 
 @pytest.mark.parametrize(
     ("sizes", "num_devices", "message"),
     [
-        ((3, -1, 1), 8, "sharding.mesh: data=3, fsdp=-1, tensor=1 needs 3 devices, which must divide the 8 there are"),
-        ((2, 2, 1), 8, "sharding.mesh: data=2, fsdp=2, tensor=1 needs 4 devices, which must equal the 8 there are"),
-        ((4, 4, 1), 8, "sharding.mesh: data=4, fsdp=4, tensor=1 needs 16 devices, which must equal the 8 there are"),
+        (
+            (3, -1, 1),
+            8,
+            "sharding.mesh: data=3, fsdp=-1, expert=1, tensor=1 needs 3 devices, which must divide the 8 there are",
+        ),
+        (
+            (2, 2, 1),
+            8,
+            "sharding.mesh: data=2, fsdp=2, expert=1, tensor=1 needs 4 devices, which must equal the 8 there are",
+        ),
+        (
+            (4, 4, 1),
+            8,
+            "sharding.mesh: data=4, fsdp=4, expert=1, tensor=1 needs 16 devices, which must equal the 8 there are",
+        ),
         ((16, 1, -1), 8, "needs 16 devices, which must divide the 8 there are; set one axis to -1"),
     ],
 )
@@ -106,11 +118,11 @@ def test_parameters_are_born_in_their_layout() -> None:
         init, _ = build(MODELS["griffin"], config.Kernels())
         params = jax.eval_shape(init, jax.random.key(0))
     want = {
-        "embedding": PartitionSpec(("fsdp", "tensor"), None),
-        "stack.repeats.0.mixer.in_x.w": PartitionSpec(None, "fsdp", "tensor"),
+        "embedding": PartitionSpec(("fsdp", "expert", "tensor"), None),
+        "stack.repeats.0.mixer.in_x.w": PartitionSpec(None, ("fsdp", "expert"), "tensor"),
         "stack.repeats.0.mixer.decay": PartitionSpec(None, "tensor"),
-        "stack.repeats.0.ffn.down.w": PartitionSpec(None, "tensor", "fsdp"),
-        "stack.repeats.1.mixer.w_q": PartitionSpec(None, "fsdp", "tensor", None),
+        "stack.repeats.0.ffn.down.w": PartitionSpec(None, "tensor", ("fsdp", "expert")),
+        "stack.repeats.1.mixer.w_q": PartitionSpec(None, ("fsdp", "expert"), "tensor", None),
     }
     specs = {
         ".".join(str(entry.key) for entry in path): leaf.sharding.spec
@@ -173,7 +185,7 @@ def test_every_mesh_gives_the_single_device_loss(name: str, shape: tuple[int, in
         init, bind = build(MODELS[name], config.Kernels())
         like = jax.eval_shape(init, jax.random.key(0))
         placed = jax.tree.map(lambda a, at: jax.device_put(a, NamedSharding(mesh, at.sharding.spec)), params, like)
-        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
         compiled = (
             jax.jit(functools.partial(loss_and_gradients, bind)).lower(placed, *jax.device_put(batch, rows)).compile()
         )

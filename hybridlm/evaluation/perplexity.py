@@ -56,6 +56,8 @@ def table(report: dict[str, Any]) -> str:
         f"  single bytes   {report['order0_bits_per_byte']:.4f} (order-0 entropy)",
         "loss by position " + "  ".join(f"{first}-{end - 1}: {loss:.3f}" for first, end, loss in report["by_position"]),
     ]
+    if report.get("moe_dropped"):
+        lines.append(f"dropped          {report['moe_dropped']:.2%} of the choices of experts; raise buffer_factor")
     return "\n".join(lines)
 
 

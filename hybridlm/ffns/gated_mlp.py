@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hybridlm import config
-from hybridlm.ffns.base import Aux
+from hybridlm.ffns.base import Aux, Pass
 from hybridlm.layers import Linear, merge_tokens, split_tokens
 from hybridlm.mixers.base import Carry, Context, Segments
 
@@ -29,7 +29,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear(rngs, f, d, ("mlp", "embed"), bias=cfg.bias, scale=2.0 / context.num_layers)
 
     def __call__(
-        self, x: Float[Array, "b t d"], segments: Segments, carry: Carry
+        self, x: Float[Array, "b t d"], segments: Segments, carry: Carry, given: Pass
     ) -> tuple[Float[Array, "b t d"], Aux, Carry]:
         tokens = merge_tokens(x)
         y = self.down(self.activation(self.gate(tokens)) * self.up(tokens))

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from hybridlm_kernels import check_values
 from hybridlm_kernels.target import target_of
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from hybridlm import config
-from hybridlm.ffns.base import Aux
+from hybridlm.ffns import FFNS
+from hybridlm.ffns.base import Aux, Pass
 from hybridlm.layers import RMSNorm, fan_in_normal
 from hybridlm.mixers.base import Context, Segments, document_positions
 from hybridlm.model.stack import Stack
@@ -32,6 +33,7 @@ class LM(nnx.Module):
         table = jax.nn.initializers.normal(cfg.width**-0.5)
         self.embedding = param(rngs, (cfg.vocab_size, cfg.width), ("vocab", None), table)
         self.stack = Stack(cfg, self.context, rngs)
+        self.shared = nnx.Dict(self._of_ffns("shared", rngs))
         self.norm = RMSNorm(rngs, cfg.width, cfg.norm_eps)
         self.w_head = (
             None
@@ -55,16 +57,35 @@ class LM(nnx.Module):
         return self.logits(x), None if state is None else {"stack": stack, **_last_token(segments, state)}
 
     def features(
-        self, tokens: Int[Array, "b t"], segments: Segments, stack_state: Any = None
+        self,
+        tokens: Int[Array, "b t"],
+        segments: Segments,
+        stack_state: Any = None,
+        step: Int[Array, ""] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Aux]:
-        """What the head reads, the stack's new state, and the blocks' losses and metrics."""
+        """What the head reads, the stack's new state, and the blocks' losses and metrics.
+
+        `step` is that of the schedules within the model, which are at their end where it is absent; `key` is of the
+        noise of training, and absent elsewhere. Aux values are vectors over the layers that report them.
+        """
         x = self.embedding[...].at[tokens].get(out_sharding=out_sharding("batch", None, None))
         x = x.astype(self.context.dtype)
         if self.cfg.scale_embedding:
             x = x * jnp.asarray(self.cfg.width**0.5, x.dtype)
+        given = Pass(tokens, step, key, dict(self.shared))
+        carry = self._of_ffns("init_carry", *tokens.shape)
         with check_values() if self.context.kernels.check_values else contextlib.nullcontext():
-            x, stack_state, _, aux = self.stack(x, segments, stack_state, {})
+            x, stack_state, _, aux = self.stack(x, segments, stack_state, carry, given)
         return self.norm(x), stack_state, aux
+
+    def _of_ffns(self, what: str, *args: Any) -> dict[str, Any]:
+        """What the classes of the model's FFNs make for all layers together (see `hybridlm.ffns.base.FFN`)."""
+        made: dict[str, Any] = {}
+        for cfg in dict.fromkeys(block.ffn for block in self.cfg.blocks() if block.ffn is not None):
+            if make := getattr(FFNS.module_of(cfg), what, None):
+                made |= make(cfg, self.context, *args)
+        return made
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of features, soft-capped when the config says so."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from hybridlm import config
 from hybridlm.ffns import FFNS
-from hybridlm.ffns.base import Aux
+from hybridlm.ffns.base import Aux, Pass
 from hybridlm.layers import RMSNorm
 from hybridlm.mixers import MIXERS
 from hybridlm.mixers.base import Carry, Context, Segments, State
@@ -42,13 +42,13 @@ class Block(nnx.Module):
             self.ffn = None
 
     def __call__(
-        self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry
+        self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry, given: Pass
     ) -> tuple[Float[Array, "b t d"], State | None, Carry, Aux]:
         y, state, carry = self.mixer(self.mixer_norm(x), segments, state, carry)
         x = x + checkpoint_name(y, BLOCK_OUTPUT)
         if self.ffn is None:
             return x, state, carry, {}
-        y, aux, carry = self.ffn(self.ffn_norm(x), segments, carry)
+        y, aux, carry = self.ffn(self.ffn_norm(x), segments, carry, given)
         return x + checkpoint_name(y, BLOCK_OUTPUT), state, carry, aux
 
 
@@ -69,44 +69,54 @@ class Stack(nnx.Module):
         self.epilogue = blocks(cfg.epilogue, rngs)
 
     def __call__(
-        self, x: Float[Array, "b t d"], segments: Segments, state: StackState | None, carry: Carry
+        self, x: Float[Array, "b t d"], segments: Segments, state: StackState | None, carry: Carry, given: Pass
     ) -> tuple[Float[Array, "b t d"], StackState | None, Carry, Aux]:
-        """`state` None is training. Aux values are averaged over the blocks that report them."""
+        """`state` None is training. Aux values are vectors over the layers that report them, in order."""
         run = _apply_block
         if self.cfg.remat != "none" and state is None:
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.cfg.remat])
-        auxes: list[tuple[Aux, int]] = []
+        reports: list[dict[str, Array]] = []
         new_state: StackState = {}
+        layer = 0
 
-        def run_all(blocks: Any, x: Array, states: Any, carry: Carry) -> tuple[Array, list[Any], Carry, list[Aux]]:
+        def run_all(
+            blocks: Any, x: Array, states: Any, carry: Carry, first: Array | int
+        ) -> tuple[Array, list[Any], Carry, Aux]:
             new_states, reported = [], []
-            for block, block_state in zip(blocks, states, strict=True):
-                x, block_state, carry, aux = run(block, x, segments, block_state, carry)
+            for i, (block, block_state) in enumerate(zip(blocks, states, strict=True)):
+                x, block_state, carry, aux = run(
+                    block, x, segments, block_state, carry, given._replace(layer=first + i)
+                )
                 new_states.append(block_state)
                 reported.append(aux)
-            return x, new_states, carry, reported
+            return x, new_states, carry, _in_order(reported)
 
         def run_part(name: str, x: Array, carry: Carry) -> tuple[Array, Carry]:
+            nonlocal layer
             blocks = getattr(self, name)
             states = [None] * len(blocks) if state is None else state[name]
-            x, new_state[name], carry, reported = run_all(blocks, x, states, carry)
-            auxes.extend((aux, 1) for aux in reported)
+            x, new_state[name], carry, aux = run_all(blocks, x, states, carry, layer)
+            reports.append(aux)
+            layer += len(blocks)
             return x, carry
 
-        def repeat(loop: tuple[Array, Carry], xs: tuple[Any, Any]) -> tuple[tuple[Array, Carry], tuple[Any, Any]]:
-            blocks, states = xs
+        def repeat(loop: tuple[Array, Carry], xs: tuple[Any, Any, Array]) -> tuple[tuple[Array, Carry], Any]:
+            blocks, states, first = xs
             states = [None] * len(blocks) if states is None else states
-            y, new_states, carry, reported = run_all(blocks, loop[0], states, loop[1])
-            return (y, carry), (new_states, reported)
+            y, new_states, carry, aux = run_all(blocks, loop[0], states, loop[1], first)
+            return (y, carry), (new_states, aux)
 
         x, carry = run_part("prologue", x, carry)
         if self.num_repeats:
-            states = None if state is None else state["repeats"]
-            (x, carry), (new_state["repeats"], reported) = jax.lax.scan(repeat, (x, carry), (self.repeats, states))
-            auxes.extend((jax.tree.map(lambda v: jnp.sum(v, axis=0), aux), self.num_repeats) for aux in reported)
+            firsts = layer + len(self.cfg.pattern) * jnp.arange(self.num_repeats)
+            xs = (self.repeats, None if state is None else state["repeats"], firsts)
+            (x, carry), (new_state["repeats"], aux) = jax.lax.scan(repeat, (x, carry), xs)
+            reports.append({name: values.reshape(-1, *values.shape[2:]) for name, values in aux.items()})
+            layer += len(self.cfg.pattern) * self.num_repeats
         x, carry = run_part("tail", x, carry)
         x, carry = run_part("epilogue", x, carry)
-        return x, None if state is None else new_state, carry, _mean_by_name(auxes)
+        aux = {name: jnp.concatenate(values) for name, values in _by_name(reports).items()}
+        return x, None if state is None else new_state, carry, aux
 
     def init_state(self, batch: int, length: int) -> StackState:
         """Empty states of all mixers, for up to `length` tokens."""
@@ -121,16 +131,16 @@ class Stack(nnx.Module):
 
 
 def _apply_block(
-    block: Block, x: Array, segments: Segments, state: State | None, carry: Carry
+    block: Block, x: Array, segments: Segments, state: State | None, carry: Carry, given: Pass
 ) -> tuple[Array, State | None, Carry, Aux]:
-    return block(x, segments, state, carry)
+    return block(x, segments, state, carry, given)
 
 
-def _mean_by_name(auxes: list[tuple[Aux, int]]) -> Aux:
-    """Average of every reported value; `auxes` holds sums and how many blocks each is over."""
-    totals: dict[str, tuple[Array, int]] = {}
-    for aux, count in auxes:
-        for name, value in aux.items():
-            total, blocks = totals.get(name, (0.0, 0))
-            totals[name] = (total + value, blocks + count)
-    return {name: total / blocks for name, (total, blocks) in totals.items()}
+def _in_order(reported: list[Aux]) -> dict[str, Array]:
+    """The scalars that blocks report, as one vector per name."""
+    return {name: jnp.stack(values) for name, values in _by_name(reported).items()}
+
+
+def _by_name(reported: list[Aux]) -> dict[str, list[Array]]:
+    names = dict.fromkeys(name for aux in reported for name in aux)
+    return {name: [aux[name] for aux in reported if name in aux] for name in names}

@@ -16,34 +16,47 @@ from hybridlm.model.lm import LM
 Batch = dict[str, Array]
 
 
-def make_eval_step(bind: Callable[[Any], LM]) -> Callable[[Any, Batch], dict[str, Array]]:
-    """`step(params, batch)` -> sums over rows: nats and tokens by position [t], and bytes."""
+REPORTED = ("moe_dropped",)
+"""Of the blocks' metrics, what says that a loss is not what it could be."""
+EvalStep = Callable[[Any, Batch, Array | None], dict[str, Array]]
 
-    def step(params: Any, batch: Batch) -> dict[str, Array]:
+
+def make_eval_step(bind: Callable[[Any], LM]) -> EvalStep:
+    """`run(params, batch, step)` -> sums over rows: nats and tokens by position [t], and bytes.
+
+    `step` is that of the schedules within the model, None at their end.
+    """
+
+    def run(params: Any, batch: Batch, step: Array | None) -> dict[str, Array]:
         lm = bind(params)
-        x, _, _ = lm.features(batch["tokens"], Segments(batch["segment_ids"], batch["positions"]))
+        x, _, aux = lm.features(batch["tokens"], Segments(batch["segment_ids"], batch["positions"]), step=step)
         nll, _ = token_losses(lm.logits, x, batch["targets"], lm.cfg.vocab_size)
         weight = batch["loss_weight"]
         return {
             "nats": jnp.sum(nll * weight, axis=0),
             "tokens": jnp.sum(weight, axis=0),
             "bytes": jnp.sum(batch["target_bytes"] * weight),
-        }
+        } | {name: jnp.mean(aux[name]) for name in REPORTED if name in aux}
 
-    return jax.jit(step)
+    return jax.jit(run)
 
 
-def evaluate(step: Callable[[Any, Batch], dict[str, Array]], params: Any, batches: Iterable[Batch]) -> dict[str, Any]:
+def evaluate(run: EvalStep, params: Any, batches: Iterable[Batch], step: Array | None = None) -> dict[str, Any]:
     """`loss` in nats per token, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and `by_position`: the loss in
-    buckets of positions within the window that double in size (`(first, end, loss)`).
+    buckets of positions within the window that double in size (`(first, end, loss)`); of models with experts
+    `moe_dropped`, the mean share of choices that found no place.
     """
     # float64: float32 loses tokens beyond 16 million.
     nats = tokens = num_bytes = np.zeros((), np.float64)
+    reported: dict[str, list[float]] = {}
     for batch in batches:
-        sums = jax.device_get(step(params, batch))
+        sums = jax.device_get(run(params, batch, step))
         nats = nats + sums["nats"].astype(np.float64)
         tokens = tokens + sums["tokens"].astype(np.float64)
         num_bytes = num_bytes + np.float64(sums["bytes"])
+        for name in REPORTED:
+            if name in sums:
+                reported.setdefault(name, []).append(float(sums[name]))
     loss = float(nats.sum() / tokens.sum())
     return {
         "loss": loss,
@@ -52,7 +65,7 @@ def evaluate(step: Callable[[Any, Batch], dict[str, Array]], params: Any, batche
         "tokens": int(tokens.sum()),
         "bytes": int(num_bytes),
         "by_position": position_buckets(nats, tokens),
-    }
+    } | {name: sum(values) / len(values) for name, values in reported.items()}
 
 
 def position_buckets(nats: np.ndarray, tokens: np.ndarray) -> list[tuple[int, int, float]]:

@@ -13,6 +13,7 @@ from hybridlm import config_io
 from hybridlm.config import Config
 from hybridlm.config_check import ConfigError
 from hybridlm.data.pipeline import Batches, Corpus, evaluation_batches, load_corpus
+from hybridlm.flops import idle_parameters
 from hybridlm.model import build
 from hybridlm.optim import make_optimizer
 from hybridlm.sharding import check_batch, make_mesh, spec
@@ -72,7 +73,7 @@ def _run(
     def evaluate_held_out() -> dict[str, Any]:
         limit = config.eval.batches
         held_out = evaluation_batches(corpus.validation, batch_size=batch_size, sharding=rows, limit=limit)
-        return evaluate(eval_step, state.params, held_out)
+        return evaluate(eval_step, state.params, held_out, state.step)
 
     def save() -> None:
         data = {"corpus": corpus.fingerprint, "batches": batches.state()}
@@ -97,7 +98,7 @@ def _run(
             nonlocal pending
             if pending is not None:
                 (logged, metrics), pending = pending, None
-                values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
                 tokens = logged * batch_size * config.data.seq_len
                 log.train({"step": logged, "tokens": tokens} | values | clock.lap(logged))
                 check_finite(logged, values, config.train.max_nonfinite_steps)
@@ -162,10 +163,12 @@ def describe(config: Config, mesh: jax.sharding.Mesh, corpus: Corpus, params: An
     parts = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for name, part in params.items()}
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.train.batch_size * config.data.seq_len
+    total, idle = sum(parts.values()), idle_parameters(config.model)
+    active = f", {total - idle:,} of them active per token" if idle else ""
     return "\n".join(
         (
             f"devices     {len(devices)} x {devices[0].device_kind}, mesh {axes}, {jax.process_count()} process(es)",
-            f"parameters  {sum(parts.values()):,} (" + ", ".join(f"{name} {n:,}" for name, n in parts.items()) + ")",
+            f"parameters  {total:,} (" + ", ".join(f"{name} {n:,}" for name, n in parts.items()) + f"){active}",
             f"data        {corpus.description}",
             f"steps       {config.train.steps:,} of {tokens:,} tokens, {config.train.steps * tokens:,} in all",
             f"directory   {directory}",

@@ -43,11 +43,15 @@ class JsonLines:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line. JSON has no NaN: a value that is not finite is written as null."""
         finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            name: [_finite(v) for v in value] if isinstance(value, list) else _finite(value)
             for name, value in record.items()
         }
         with self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:
@@ -83,6 +87,7 @@ class RunLog:
         self._progress.say(
             f"step {record['step']}: held-out loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}, "
             f"bits per byte {record['bits_per_byte']:.4f} ({record['tokens']:,} tokens)"
+            + (f", {record['moe_dropped']:.2%} of choices dropped" if record.get("moe_dropped") else "")
         )
 
     def say(self, text: str) -> None:
@@ -109,6 +114,8 @@ class Progress:
             f"loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.3f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.1%}"
         )
+        if record.get("aux/moe_dropped"):
+            values += f"  dropped {record['aux/moe_dropped']:.2%}"
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(step - self._bar.n)

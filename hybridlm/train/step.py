@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from hybridlm import config
 from hybridlm.losses import token_losses
 from hybridlm.mixers.base import Segments
 from hybridlm.model import Params
 from hybridlm.model.lm import LM
+from hybridlm.optim import derivatives
 
 Batch = dict[str, Array]
 """`tokens`, `targets`, `segment_ids`, `positions`, `target_bytes` [b, t] int32 and `loss_weight` [b, t] float32."""
@@ -39,10 +40,12 @@ def init_state(init: Callable[[Array], Params], optimizer: optax.GradientTransfo
     return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
-def batch_sums(lm: LM, batch: Batch) -> tuple[dict[str, Float[Array, ""]], dict[str, Array]]:
+def batch_sums(
+    lm: LM, batch: Batch, step: Int[Array, ""], key: Key[Array, ""]
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, " layers"]]]:
     """Sums over the real tokens of a batch (nats, squared log Z, tokens, bytes), and the blocks' aux values."""
     segments = Segments(batch["segment_ids"], batch["positions"])
-    x, _, aux = lm.features(batch["tokens"], segments)
+    x, _, aux = lm.features(batch["tokens"], segments, step=step, key=key)
     nll, log_z = token_losses(lm.logits, x, batch["targets"], lm.cfg.vocab_size)
     weight = batch["loss_weight"]
     sums = {
@@ -66,37 +69,38 @@ def make_train_step(
     whose loss or gradient is not finite changes nothing but the step counter and the counts of such steps.
     """
 
-    def objective(params: Params, batch: Batch) -> tuple[Array, dict[str, Any]]:
-        sums, aux = batch_sums(bind(params), batch)
+    def objective(params: Params, batch: Batch, step: Array, key: Array) -> tuple[Array, dict[str, Any]]:
+        sums, aux = batch_sums(bind(params), batch, step, key)
         total = sums["nats"] + train.z_loss * sums["squared_log_z"]
         for name, value in aux.items():
             if name.endswith("_loss"):
-                total = total + value * sums["tokens"]
+                total = total + jnp.sum(value) * sums["tokens"]
         # Aux values are carried as token-weighted sums too, so that parts of a batch simply add up.
         return total, sums | {f"aux/{name}": value * sums["tokens"] for name, value in aux.items()}
 
-    def gradient_sums(params: Params, batch: Batch) -> tuple[Params, dict[str, Any]]:
-        return jax.grad(objective, has_aux=True)(params, batch)
+    gradient_sums = jax.grad(objective, has_aux=True)
 
-    def accumulate(params: Params, batch: Batch) -> tuple[Params, dict[str, Any]]:
+    def accumulate(params: Params, batch: Batch, step: Array) -> tuple[Params, dict[str, Any]]:
         m = train.num_microbatches
+        key = jax.random.fold_in(jax.random.key(train.seed), step)
         if m == 1:
-            return gradient_sums(params, batch)
+            return gradient_sums(params, batch, step, key)
         # Rows i, i + m, ... make microbatch i: every device keeps its own rows.
         parts = {name: jnp.moveaxis(x.reshape(x.shape[0] // m, m, *x.shape[1:]), 1, 0) for name, x in batch.items()}
-        _, sums = jax.eval_shape(gradient_sums, params, {name: x[0] for name, x in parts.items()})
+        _, sums = jax.eval_shape(gradient_sums, params, {name: x[0] for name, x in parts.items()}, step, key)
         zeros = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient_sums(params, part)), None
+        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            batch, key = part
+            return jax.tree.map(jnp.add, total, gradient_sums(params, batch, step, key)), None
 
-        return jax.lax.scan(add, zeros, parts)[0]
+        return jax.lax.scan(add, zeros, (parts, jax.random.split(key, m)))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = accumulate(state.params, batch)
+        grads, sums = accumulate(state.params, batch, state.step)
         tokens = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        loss, grad_norm = sums["nats"] / tokens, optax.tree.norm(grads)
+        loss, grad_norm = sums["nats"] / tokens, optax.tree.norm(derivatives(grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -120,7 +124,10 @@ def make_train_step(
             "nonfinite_in_a_row": new_state.nonfinite_in_a_row,
             "nonfinite_total": new_state.nonfinite_total,
         }
-        metrics |= {name: value / tokens for name, value in sums.items() if name.startswith("aux/")}
+        for name, value in sums.items():
+            if name.startswith("aux/"):
+                by_layer = value / tokens
+                metrics |= {name: jnp.mean(by_layer), f"layers/{name.removeprefix('aux/')}": by_layer}
         return new_state, metrics
 
     return jax.jit(step, donate_argnums=0)

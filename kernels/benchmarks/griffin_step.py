@@ -23,7 +23,6 @@ import optax
 
 from hybridlm.config import RGLRU, Attention, Config, Kernels
 from hybridlm.config_io import load_config, override
-from hybridlm.flops import blocks_of
 from hybridlm.model import build
 from hybridlm.optim import make_optimizer
 from hybridlm.train.step import init_state, make_train_step
@@ -55,7 +54,7 @@ def ours(config: Config, batch: dict[str, jax.Array]) -> Run:
 def theirs(config: Config, batch: dict[str, jax.Array]) -> Run:
     """The peer's model of the same shapes: its MLP and output projections have biases, ours here have none."""
     assert common is not None and griffin is not None
-    blocks = blocks_of(config.model)
+    blocks = config.model.blocks()
     attention = next(b.mixer for b in blocks if isinstance(b.mixer, Attention))
     recurrent = next(b.mixer for b in blocks if isinstance(b.mixer, RGLRU))
     kinds = {RGLRU: common.TemporalBlockType.RECURRENT, Attention: common.TemporalBlockType.ATTENTION}

@@ -259,7 +259,7 @@ def test_sharded_equals_unsharded(subject: Subject, rng: np.random.Generator, sh
             return jax.device_put(x, NamedSharding(mesh, spec))
 
         placed = jax.tree.map(lambda x, like: put(x, like.sharding.spec), subject.params, nnx.to_pure_dict(state))
-        rows = PartitionSpec(("data", "fsdp"))
+        rows = PartitionSpec(("data", "fsdp", "expert"))
         batch = jax.tree.map(lambda x: put(x, rows), (x, segments, cotangent))
         run = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
         (dparams, dx), y = run(placed, *batch)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from hybridlm import config
 from hybridlm.ffns import FFNS
+from hybridlm.ffns.base import Pass
 from hybridlm.losses import token_losses
 from hybridlm.mixers.base import Context, Segments
 from hybridlm.model import build
@@ -187,7 +188,7 @@ class CountingFFN(nnx.Module):
     def __init__(self, cfg: Counting, context: Context, rngs: nnx.Rngs):
         self.number = cfg.number
 
-    def __call__(self, x: Any, segments: Segments, carry: Any) -> Any:
+    def __call__(self, x: Any, segments: Segments, carry: Any, given: Pass) -> Any:
         seen = carry.get("seen", 0.0)
         aux = {"number": jnp.float32(self.number)}
         if self.number > 5:
@@ -207,7 +208,7 @@ def counting() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("counting")
-def test_aux_values_are_means_over_the_blocks_that_report_them(tokens: np.ndarray) -> None:
+def test_aux_values_come_in_the_order_of_the_layers_that_report_them(tokens: np.ndarray) -> None:
     def block(number: float) -> config.Block:
         return config.Block(mixer=local.mixer, ffn=Counting(number=number))
 
@@ -221,9 +222,9 @@ def test_aux_values_are_means_over_the_blocks_that_report_them(tokens: np.ndarra
         return bind(params).features(tokens, segments)[2]
 
     aux = run(params, tokens)
-    assert {name: float(value) for name, value in aux.items()} == {
-        "number": pytest.approx((10 + 2 * (1 + 2) + 1) / 6),
-        "large_loss": pytest.approx(10.0),
+    assert {name: value.tolist() for name, value in aux.items()} == {
+        "number": [10.0, 1.0, 2.0, 1.0, 2.0, 1.0],
+        "large_loss": [10.0],
     }
 
 
@@ -235,7 +236,8 @@ def test_carry_goes_through_every_block(rng: np.random.Generator) -> None:
 
     @jax.jit
     def run(params: Any, x: Any) -> Any:
-        return bind(params).stack(x, Segments(jnp.asarray(IDS), jnp.asarray(IDS)), None, {"seen": jnp.float32(0)})[2]
+        segments = Segments(jnp.asarray(IDS), jnp.asarray(IDS))
+        return bind(params).stack(x, segments, None, {"seen": jnp.float32(0)}, Pass(jnp.asarray(IDS)))[2]
 
     assert float(run(params, x)["seen"]) == 6.0
 

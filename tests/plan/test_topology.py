@@ -11,7 +11,7 @@ from hybridlm.plan.topology import CHIPS, topology
 def test_a_name_gives_the_devices_of_its_slice(name: str, devices: int) -> None:
     assert topology(name).num_devices == devices
     mesh = topology(name).mesh(Mesh(data=1, fsdp=-1))
-    assert mesh.shape == {"data": 1, "fsdp": devices, "tensor": 1}
+    assert mesh.shape == {"data": 1, "fsdp": devices, "expert": 1, "tensor": 1}
     assert mesh.abstract_device.platform == "tpu"
 
 
