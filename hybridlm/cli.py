@@ -91,6 +91,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", type=int, metavar="N", help="window in tokens (default: data.seq_len)")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
 
+    sub = command("experts", experts, "which experts of a run's layers the tokens of held-out text go to")
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--data", metavar="SPEC", help="as for eval (default: the run's held-out text)")
+    sub.add_argument("--batches", type=int, metavar="N", help="so many, spread evenly over the text (default: all)")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+
     sub = command("generate", generate, "continue a prompt")
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--prompt", required=True)
@@ -99,6 +105,29 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, metavar="K")
     sub.add_argument("--top-p", type=float, metavar="P")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--resident-experts", type=int, metavar="N", help="of each layer on the device, the others in host memory"
+    )
+    sub.add_argument(
+        "--usage",
+        type=Path,
+        metavar="FILE",
+        help="of `hybridlm experts --json`, which says which are resident (default: found on held-out text)",
+    )
+
+    sub = command("upcycle", upcycle, "begin a run of a mixture of experts with the parameters of a dense run")
+    sub.add_argument("run", type=Path, help="directory of the dense run")
+    sub.add_argument("config", help="of the new run: what `hybridlm train` takes")
+    sub.add_argument("--out", type=Path, required=True, help="directory of the new run; train the same config there")
+    sub.add_argument(
+        "--mask-fraction", type=float, default=0.0, metavar="F", help="of each expert's weights, set to 0 at random"
+    )
+
+    sub = command("prune", prune, "begin a run with those experts of another whose router vectors changed most")
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--keep", type=int, required=True, metavar="N", help="experts of each layer")
+    sub.add_argument("--out", type=Path, required=True, help="directory of the new run")
+    sub.add_argument("--since", type=Path, metavar="RUN", help="of what it began with (default: its seed's parameters)")
 
     sub = command("show", show, "every field of a config, with its value")
     sub.add_argument("config")
@@ -156,14 +185,25 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
         if args.context < 2:
             raise ConfigError("--context", f"={args.context}: must be at least 2")
         config = replace(config, data=replace(config.data, seq_len=args.context))
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ConfigError(f"--json {args.json}", f": no directory {args.json.parent}; make it first")
-    if args.json is not None and args.json.is_dir():
-        raise ConfigError(f"--json {args.json}", ": is a directory; name a file in it")
+    check_json(args.json)
 
     from hybridlm.evaluation.perplexity import evaluate_run
 
     report = evaluate_run(config, args.run, data_spec=args.data)
+    if args.json is not None:
+        write_json(args.json, report)
+    return 0
+
+
+def experts(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = config_io.override(config_io.load_run_config(args.run), overrides)
+    if args.batches is not None and args.batches < 1:
+        raise ConfigError("--batches", f"={args.batches}: must be at least 1")
+    check_json(args.json)
+
+    from hybridlm.evaluation.experts import usage_of_run
+
+    report = usage_of_run(config, args.run, data_spec=args.data, batches=args.batches)
     if args.json is not None:
         write_json(args.json, report)
     return 0
@@ -177,6 +217,8 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError("--max-new-tokens", f"={args.max_new_tokens}: must be at least 1")
     if not 0 <= args.seed < 2**32:
         raise ConfigError("--seed", f"={args.seed}: must be at least 0 and below {2**32}")
+    if args.usage is not None and args.resident_experts is None:
+        raise ConfigError(f"--usage {args.usage}", ": says which experts are resident; give --resident-experts as well")
     try:
         prompt = args.prompt.encode()
     except UnicodeEncodeError as error:
@@ -187,7 +229,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
     from hybridlm.generate import Sampling, generate
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    model, tokenizer, _ = load(args.run)
+    model, tokenizer, _ = load(args.run, resident_experts=args.resident_experts, usage=args.usage)
     decoder = StreamDecoder(tokenizer, context=tokenizer.encode(prompt).tolist())
     print(args.prompt, end="", flush=True)
     for token in generate(
@@ -195,6 +237,28 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
     ):
         print(decoder.push(token), end="", flush=True)
     print(decoder.finish())
+    if (store := model.store) is not None:
+        times, megabytes = store.num_fetched, store.bytes_fetched / 1e6
+        print(f"experts fetched from host memory: {times:,} times, {megabytes:,.1f} MB", file=sys.stderr)
+    return 0
+
+
+def upcycle(args: argparse.Namespace, overrides: list[str]) -> int:
+    config_io.load_run_config(args.run)
+    config = config_io.override(config_io.load_config(args.config), overrides)
+
+    from hybridlm.train.derived import upcycle_run
+
+    upcycle_run(config, args.run, args.out, mask_fraction=args.mask_fraction)
+    return 0
+
+
+def prune(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = config_io.override(config_io.load_run_config(args.run), overrides)
+
+    from hybridlm.train.derived import prune_run
+
+    prune_run(config, args.run, args.out, keep=args.keep, since=args.since)
     return 0
 
 
@@ -261,6 +325,14 @@ def registered(what: str) -> list[type]:
     from hybridlm.optim import OPTIMIZERS
 
     return list({"mixers": MIXERS.entries, "ffns": FFNS.entries, "optimizers": OPTIMIZERS}[what])
+
+
+def check_json(path: Path | None) -> None:
+    """Raise ConfigError where no report can be written at `path`."""
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--json {path}", f": no directory {path.parent}; make it first")
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--json {path}", ": is a directory; name a file in it")
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -21,6 +22,8 @@ from hybridlm.config import (
     Eval,
     GeGLU,
     Model,
+    MoE,
+    TopK,
     Train,
 )
 
@@ -82,6 +85,40 @@ def trained_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -
 
     directory = tmp_path_factory.mktemp("runs") / "trained"
     assert train(tiny_config, directory) == 0
+    return directory
+
+
+@pytest.fixture(scope="session")
+def moe_config(tiny_config: Config) -> Config:
+    """Layers 0, 1, 3 and 5 have experts, 4 or 6 of them; they lie in the prologue, the scanned part and the tail."""
+    attention = Attention(num_heads=2, num_kv_heads=1, window=8)
+    few = MoE(num_experts=4, hidden=12, router=TopK(k=1, renormalize=False), activation="GeGLU")
+    many = MoE(num_experts=6, hidden=8, router=TopK(k=2), activation="GeGLU", shared_hidden=4)
+    return replace(
+        tiny_config,
+        model=replace(
+            tiny_config.model,
+            num_layers=6,
+            prologue=(Block(mixer=attention, ffn=few),),
+            pattern=(Block(mixer=attention, ffn=many), Block(mixer=attention, ffn=GeGLU(hidden=8))),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def moe_run(moe_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of `moe_config` before its first step."""
+    from hybridlm.model import build
+    from hybridlm.train.derived import prepared, write_run
+
+    directory = tmp_path_factory.mktemp("runs") / "moe"
+    init, _ = build(moe_config.model, moe_config.kernels)
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    # Larger than at the start of training, so that experts differ in how often they are chosen.
+    draw = np.random.default_rng(0).standard_normal
+    params = jax.tree.map(lambda x: np.float32(0.5) * draw(x.shape, np.float32), shapes)
+    mesh, corpus = prepared(moe_config)
+    write_run(moe_config, directory, params, corpus, mesh, {"command": "test"})
     return directory
 
 

@@ -1,0 +1,159 @@
+"""Runs made from other runs: parameters read to the host, and a new run directory written at step 0."""
+
+import json
+import os
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridlm import config_io
+from hybridlm.config import Config
+from hybridlm.config_check import ConfigError
+from hybridlm.data.pipeline import Batches, Corpus, load_corpus
+from hybridlm.model import Params, build
+from hybridlm.model.by_layer import drawn
+from hybridlm.model.prune import prune, pruned_model
+from hybridlm.model.upcycle import check_pair, same_function, upcycle
+from hybridlm.optim import make_optimizer
+from hybridlm.sharding import check_batch, make_mesh
+from hybridlm.train import directory as run_directory
+from hybridlm.train.checkpoint import Checkpoints, abstract_state
+from hybridlm.train.loop import check_vocabulary
+from hybridlm.train.step import TrainState
+
+ORIGIN = "origin.json"
+"""In the directory of a derived run: the command that made it, the run it was made from, and that run's step."""
+
+
+def read_params(run_dir: Path, config: Config) -> tuple[Params, int]:
+    """The latest parameters of a run as NumPy arrays, none of them put on a device, and their step."""
+    init, _ = build(config.model, config.kernels)
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    # NumPy arrays in place of descriptions ask for NumPy arrays; these take no memory.
+    abstract = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+    with Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints:
+        params = checkpoints.restore_params(abstract)
+        step = checkpoints.latest_step()
+    assert step is not None
+    return params, step
+
+
+def upcycle_run(config: Config, run_dir: Path, directory: Path, *, mask_fraction: float) -> None:
+    """`hybridlm upcycle`: a run of `config` at `directory` that begins where the dense run at `run_dir` is.
+
+    Raises ConfigError where the user's input is wrong, before anything is written.
+    """
+    check_free(directory)
+    dense = config_io.load_run_config(run_dir)
+    try:
+        check_pair(dense.model, config.model)
+    except ConfigError as error:
+        raise error.under("model") from None
+    mesh, corpus = prepared(config)
+    params, step = read_params(run_dir, dense)
+    key = jax.random.key(config.train.seed)
+    params = upcycle(params, dense.model, config.model, key, mask_fraction=mask_fraction)
+    same = same_function(dense.model, config.model) and not mask_fraction
+    origin = {"command": "upcycle", "run": str(run_dir), "step": step, "mask_fraction": mask_fraction}
+    write_run(config, directory, params, corpus, mesh, origin)
+    print(f"{directory}: upcycled from step {step} of {run_dir}, {'the same function' if same else 'a start near it'}")
+
+
+def prune_run(config: Config, run_dir: Path, directory: Path, *, keep: int, since: Path | None) -> None:
+    """`hybridlm prune`: a run at `directory` with fewer experts than that of `config` at `run_dir`.
+
+    Their routers' norms are compared with those of the run at `since`, or where it is None with those that the run
+    began with. Raises ConfigError where the user's input is wrong, before anything is written.
+    """
+    check_free(directory)
+    try:
+        config_after = replace(config, model=pruned_model(config.model, keep))
+    except ConfigError as error:
+        raise error.under("model") from None
+    if since is None and origin_of(run_dir) is not None:
+        raise ConfigError(
+            str(run_dir), ": did not begin at random parameters; give --since a run of what it began with"
+        )
+    if since is not None and config_io.load_run_config(since).model != config.model:
+        raise ConfigError(f"--since {since}", f": is a run of another model than {run_dir}")
+    mesh, corpus = prepared(config_after)
+    params, step = read_params(run_dir, config)
+    if since is None:
+        init, _ = build(config.model, config.kernels)
+        start = drawn(init, jax.random.key(config.train.seed), ("router",))
+    else:
+        start, _ = read_params(since, config)
+    params, _ = prune(params, start, config.model, keep)
+    origin = {"command": "prune", "run": str(run_dir), "step": step, "since": None if since is None else str(since)}
+    write_run(config_after, directory, params, corpus, mesh, origin)
+    print(f"{directory}: {keep} experts per layer, from step {step} of {run_dir}")
+
+
+def prepared(config: Config) -> tuple[jax.sharding.Mesh, Corpus]:
+    """The mesh and the text of a run. Raises ConfigError where it could not be trained."""
+    mesh = make_mesh(config.sharding.mesh)
+    check_batch(config.train, mesh)
+    make_optimizer(config.optimizer, config.train.steps)
+    corpus = load_corpus(config.data)
+    check_vocabulary(config, corpus)
+    return mesh, corpus
+
+
+def check_free(directory: Path) -> None:
+    """Raise ConfigError where there is something at `directory` already."""
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ConfigError(f"--out {directory}", ": is there already and holds something; choose another --out")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--out {directory}", ": is a file; choose another --out")
+
+
+def write_run(
+    config: Config, directory: Path, params: Params, corpus: Corpus, mesh: jax.sharding.Mesh, origin: dict[str, Any]
+) -> None:
+    """Write a run of `config` that is about to take its first step from `params`, with a fresh optimizer state.
+
+    It is written beside `directory` and then renamed: after an error there is none, not half of one.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(str(partial), ": was left by a command that was cut short; remove it") from None
+    except OSError as error:
+        raise ConfigError(f"--out {directory}", f": cannot be written to: {error.strerror}") from None
+    try:
+        optimizer, _ = make_optimizer(config.optimizer, config.train.steps)
+        init, _ = build(config.model, config.kernels)
+        with jax.set_mesh(mesh):
+            layout = abstract_state(lambda: init(jax.random.key(0)), mesh)
+            params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, layout)
+            zero = jnp.zeros((), jnp.int32)
+            state = TrainState(zero, params, jax.jit(optimizer.init)(params), zero, zero)
+            run_directory.prepare(config, partial, fresh=True)
+            config_io.dump_json(config, partial / "config.json")
+            (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+            with Checkpoints(partial / "checkpoints", config.checkpoint.keep) as checkpoints:
+                data = {"corpus": corpus.fingerprint, "batches": first_position(config, corpus)}
+                checkpoints.save(0, state, data, config_io.to_dict(config))
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def first_position(config: Config, corpus: Corpus) -> dict[str, int]:
+    """That of a run's first batch."""
+    size, seed = config.train.batch_size, config.train.seed
+    with closing(Batches(corpus.train, batch_size=size, seed=seed, sharding=None, prefetch=1)) as batches:
+        return batches.state()
+
+
+def origin_of(run_dir: Path) -> dict[str, Any] | None:
+    """What a derived run was made from; None for a run that began at random parameters."""
+    path = run_dir / ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
