@@ -1,4 +1,4 @@
-"""Three layers of Gated DeltaNet to one of attention, with sixteen small experts and a shared one: 4 million parameters.
+"""Three layers of Gated DeltaNet to one of attention, with sixteen small experts and a shared one, on a CPU.
 
     hybridlm train gdn_moe_tiny --out runs/gdn_moe_tiny
 

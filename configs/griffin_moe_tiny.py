@@ -2,8 +2,8 @@
 
     hybridlm train griffin_moe_tiny --out runs/griffin_moe_tiny
 
-Each expert is half as wide as griffin_tiny's MLP, so that a token costs what it costs there; the rest is griffin_tiny's.
-Balance by a bias per expert (arXiv:2408.15664), and the losses of DeepSeek-V3 (arXiv:2412.19437).
+Each expert is half as wide as griffin_tiny's MLP, so that a token costs what it costs there. Weights of the chosen two
+add up to 1, balance by Switch's loss over the batch; the rest is griffin_tiny's.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ base = load_config("griffin_tiny")
 experts = MoE(
     num_experts=8,
     hidden=192,
-    router=TopK(k=2, score="sigmoid", bias_balance=True, balance_loss=0.0, sequence_balance_loss=1e-4),
+    router=TopK(k=2, balance_loss=0.01, z_loss=0.001),
     activation="GeGLU",
 )
 

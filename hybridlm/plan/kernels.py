@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from hybridlm.config import Config, Mesh
 from hybridlm.config_check import ConfigError
+from hybridlm.mixers.base import Segments
 from hybridlm.model import build
 from hybridlm.plan.topology import Topology
 from hybridlm.sharding import check_batch, make_mesh, spec
@@ -40,7 +42,8 @@ def kernels_of(config: Config, topology: Topology | None) -> list[Row]:
     jax.clear_caches()  # choices are recorded while tracing, and what JAX has traced before it does not trace again
     with jax.sharding.use_abstract_mesh(mesh):
         init, bind = build(config.model, config.kernels)
-        params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params = jax.eval_shape(init, key)
         batch = config.train.batch_size // config.train.num_microbatches
 
         def tokens(time: int) -> jax.ShapeDtypeStruct:
@@ -48,13 +51,17 @@ def kernels_of(config: Config, topology: Topology | None) -> list[Row]:
 
         with _refusals_as_config_errors(), record_choices() as training:
             x = tokens(config.data.seq_len)
-            jax.eval_shape(lambda params, x: bind(params)(x, x)[0], params, x)
+            jax.eval_shape(partial(_training_features, bind), params, x, jax.ShapeDtypeStruct((), jnp.int32), key)
         with _refusals_as_config_errors(), record_choices() as decoding:
             state = jax.eval_shape(lambda params: bind(params).init_state(batch, config.data.seq_len), params)
             jax.eval_shape(lambda params, x, state: bind(params)(x, None, state), params, tokens(1), state)
     rows = [Row("train", tuple(types), choice) for choice, types in training]
     rows += [Row("decode", tuple(types), choice) for choice, types in decoding]
     return list(dict.fromkeys(rows))
+
+
+def _training_features(bind: Any, params: Any, x: jax.Array, step: jax.Array, key: jax.Array) -> jax.Array:
+    return bind(params).features(x, Segments(x, x), step=step, key=key)[0]
 
 
 def kernels_at(topology: Topology | None) -> list[Row]:
