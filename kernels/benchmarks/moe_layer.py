@@ -34,7 +34,7 @@ from hybridlm.sharding import MESH_AXES, mesh_shape, spec
 DISPATCHES: dict[str, Dispatch] = {
     "ragged, buffer 1.25": Dropless(buffer_factor=1.25),
     "ragged, buffer 2": Dropless(buffer_factor=2.0),
-    "ragged, worst case": Dropless(buffer_factor=None),
+    "ragged, room for all": Dropless(buffer_factor=None),
     "padded, buffer 1.25": Dropless(buffer_factor=1.25, exchange="padded"),
     "one-hot 1.25, groups of 512": Capacity(factor=1.25, group_size=512),
     "one-hot 1.25, groups of 1024": Capacity(factor=1.25, group_size=1024),
@@ -84,17 +84,20 @@ def compile_for(topology: str, name: str) -> None:
             ("forward", forward, (params, x, segments)),
             ("forward+backward", with_gradient(forward), (params, x, segments, x)),
         ):
-            try:
-                compiled = jax.jit(function).lower(*args).compile()
-            except jax.errors.JaxRuntimeError as error:
-                print(f"{topology} | {name} | {label} | {str(error).splitlines()[0][:120]}", flush=True)
-                continue
-            memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-            print(
-                f"{topology} | {name} | {label} | {cost['flops'] / 1e12:.2f} | {memory.temp_size_in_bytes / 2**30:.2f}"
-                f" | {memory.peak_memory_in_bytes / 2**30:.2f} | {collectives(compiled)}",
-                flush=True,
-            )
+            report(f"{topology} | {name} | {label}", function, args)
+
+
+def report(title: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Compile and print a line, with what the compiler says where the program does not fit."""
+    try:
+        compiled: Any = jax.jit(function).lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        print(f"{title} | {str(error).splitlines()[0][:200]}", flush=True)
+        return
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    sizes = (memory.temp_size_in_bytes, memory.peak_memory_in_bytes)
+    row = (title, f"{cost['flops'] / 1e12:.2f}", *(f"{size / 2**30:.2f}" for size in sizes), collectives(compiled))
+    print(" | ".join(row), flush=True)
 
 
 def collectives(compiled: Any) -> str:

@@ -38,7 +38,7 @@ def dropless(
     if num_devices() == 1:
         outputs, dropped = run(rows, order.counts), jnp.zeros((), jnp.int32)
     else:
-        outputs, dropped = run_remotely(rows, order.counts, run, cfg)
+        outputs, dropped = run_remotely(rows, order.counts, routing.experts.shape[1], run, cfg)
     return combine(outputs, routing.weights, order), dropped
 
 

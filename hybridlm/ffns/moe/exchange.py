@@ -30,12 +30,15 @@ def num_devices() -> int:
 
 
 def run_remotely(
-    rows: Float[Array, "r d"], counts: Int[Array, " x"], run: RunExperts, cfg: config.Dropless
+    rows: Float[Array, "r d"], counts: Int[Array, " x"], choices: int, run: RunExperts, cfg: config.Dropless
 ) -> tuple[Float[Array, "r d"], Int[Array, ""]]:
     """The outputs of rows sorted by expert, computed where the experts are, and how many of this device's rows were
-    dropped because a buffer was full. Dropped rows come back as 0."""
+    dropped because a buffer was full. Dropped rows come back as 0. Each token has so many `choices`, of experts that
+    are distinct, and so as many rows."""
     through = {"ragged": _ragged, "padded": _padded}[cfg.exchange]
-    return through(rows, counts, run, cfg)
+    # One token has no more rows for a device than the device has experts.
+    to_one_device = rows.shape[0] // choices * min(choices, counts.size // num_devices())
+    return through(rows, counts, to_one_device, run, cfg)
 
 
 def buffer_rows(num_rows: int, factor: float | None, most: int) -> int:
@@ -74,12 +77,12 @@ class Slices(NamedTuple):
 
 
 def _ragged(
-    rows: Float[Array, "r d"], counts: Int[Array, " x"], run: RunExperts, cfg: config.Dropless
+    rows: Float[Array, "r d"], counts: Int[Array, " x"], most: int, run: RunExperts, cfg: config.Dropless
 ) -> tuple[Float[Array, "r d"], Int[Array, ""]]:
     """One slice per device and expert, so that rows arrive sorted by expert."""
     p, me = num_devices(), lax.axis_index(AXIS)
     r = rows.shape[0]
-    size = buffer_rows(r, cfg.buffer_factor, p * r)
+    size = buffer_rows(r, cfg.buffer_factor, p * most)
     counts_of = lax.all_gather(counts, AXIS).reshape(p, p, -1)  # sender receiver e
     sent_from = _starts(counts_of.reshape(p, -1)).reshape(counts_of.shape)
     arriving = jnp.moveaxis(counts_of, 0, 2)  # receiver e sender
@@ -138,11 +141,11 @@ def _ragged_all_to_all(num_rows: int, x: Float[Array, "r d"], slices: Slices) ->
 
 
 def _padded(
-    rows: Float[Array, "r d"], counts: Int[Array, " x"], run: RunExperts, cfg: config.Dropless
+    rows: Float[Array, "r d"], counts: Int[Array, " x"], most: int, run: RunExperts, cfg: config.Dropless
 ) -> tuple[Float[Array, "r d"], Int[Array, ""]]:
     """The same number of rows to every device, which sorts what it received."""
     p, r = num_devices(), rows.shape[0]
-    size = buffer_rows(math.ceil(r / p), cfg.buffer_factor, r)
+    size = buffer_rows(math.ceil(r / p), cfg.buffer_factor, most)
     by_device = counts.reshape(p, -1)
     kept = jnp.maximum(jnp.minimum(by_device, size - _starts(by_device)), 0)
     first = _starts(jnp.sum(by_device, axis=1)[None])[0]
