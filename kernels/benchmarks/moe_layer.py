@@ -113,16 +113,16 @@ def collectives(compiled: Any) -> str:
     return ", ".join(f"{number} {kind} {size[kind] / 1e6:.0f} MB" for kind, number in sorted(count.items()))
 
 
-def measure() -> None:
-    """Medians of seven; the layers take turns."""
-    b, t, width = 4, 1024, 256
-    layers: dict[str, FFN] = {"dense": SwiGLU(hidden=1024)}
+def measure(width: int) -> None:
+    """4,096 tokens, float32; medians of seven; the layers take turns."""
+    b, t, hidden = 4, 1024, 4 * width
+    layers: dict[str, FFN] = {"dense": SwiGLU(hidden=hidden)}
     for x, k in ((8, 2), (32, 4), (64, 8)):
         router = TopK(k=k)
-        layers[f"{k} of {x} experts, dropless"] = MoE(num_experts=x, hidden=1024 // k, router=router)
+        layers[f"{k} of {x} experts, dropless"] = MoE(num_experts=x, hidden=hidden // k, router=router)
         dispatch = Capacity(factor=1.25, group_size=256)
         layers[f"{k} of {x} experts, one-hot 1.25"] = MoE(
-            num_experts=x, hidden=1024 // k, router=router, dispatch=dispatch
+            num_experts=x, hidden=hidden // k, router=router, dispatch=dispatch
         )
     key = jax.random.key(0)
     x, dy = jax.random.normal(key, (2, b, t, width))
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--topology", action="append", default=[], help="v5e:4x4, v5p:2x2x4, ...")
     parser.add_argument("--dispatch", action="append", choices=DISPATCHES, help="default: all")
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--width", type=int, default=256, help="of what is measured; a dense layer's hidden is 4 times")
     args = parser.parse_args()
     if args.topology:
         print("topology | dispatch | pass | TFLOP | temporaries GiB | peak GiB | collectives")
@@ -156,7 +157,7 @@ def main() -> None:
         for name in args.dispatch or DISPATCHES:
             compile_for(topology, name)
     if args.measure:
-        measure()
+        measure(args.width)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ def test_kernels_with_matrix_states_compile(chip: str) -> None:
     check(chip, [Workload(op, "pallas_tpu", BOTH, FEW_HEADS, "bfloat16") for op in HEADED])
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip", [chip if chip == "v5e" else pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS]
+)
 def test_kernels_of_groups_compile(chip: str) -> None:
     check(chip, [Workload("grouped_matmul", "pallas_tpu", BOTH, shape, "bfloat16") for shape in GROUPED])
 

@@ -46,7 +46,7 @@ def seen_choices(run: Path, cfg: Config, monkeypatch: pytest.MonkeyPatch, limit:
     return seen
 
 
-@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("limit", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_shares_are_those_of_the_choices(
     moe_run: Path,
     moe_config: Config,
@@ -100,6 +100,7 @@ def test_a_model_without_experts(trained_run: Path, tiny_config: Config) -> None
         usage_of_run(tiny_config, trained_run, data_spec=None, batches=None)
 
 
+@pytest.mark.slow
 def test_one_device_counts_what_eight_do(moe_run: Path, moe_config: Config) -> None:
     """Along `expert` too: each device counts its own tokens, and the counts are added up."""
     mesh = config.Mesh(data=4, expert=2)

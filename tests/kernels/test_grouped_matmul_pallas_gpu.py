@@ -122,8 +122,8 @@ def check(rng: np.random.Generator, m: int, k: int, n: int, group_sizes: Sequenc
     ("m", "group_sizes"),
     [
         (300, [0, 131, 1, 0, 60, 0]),  # empty groups, borders within blocks, a group of one row, rows past the groups
-        (37, [5, 0, 19]),  # fewer rows than a block
-        (72, [0, 0]),  # no row belongs to a group
+        pytest.param(37, [5, 0, 19], marks=pytest.mark.slow),  # fewer rows than a block
+        pytest.param(72, [0, 0], marks=pytest.mark.slow),  # no row belongs to a group
         pytest.param(300, [300], marks=pytest.mark.slow),  # one group has all rows
         pytest.param(256, [128, 128], marks=pytest.mark.slow),  # groups are whole visits
         pytest.param(333, [1, 63, 64, 65, 127, 13], marks=pytest.mark.slow),

@@ -175,9 +175,9 @@ def test_steps_move_nothing_between_host_and_device(adamw_step: Any) -> None:
 def test_aux_losses_of_microbatches_are_weighted_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     features = LM.features
 
-    def with_aux(self: LM, tokens: Any, segments: Segments, stack_state: Any = None) -> Any:
-        x, state, _ = features(self, tokens, segments, stack_state)
-        return x, state, {"balance_loss": jnp.mean(jnp.square(x)), "load": jnp.float32(3.0)}
+    def with_aux(self: LM, tokens: Any, segments: Segments, **told: Any) -> Any:
+        x, state, _ = features(self, tokens, segments, **told)
+        return x, state, {"balance_loss": jnp.mean(jnp.square(x))[None], "load": jnp.array([2.0, 4.0])}
 
     def objective(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         total = plain_objective(params, batch, 0.0)
@@ -195,3 +195,4 @@ def test_aux_losses_of_microbatches_are_weighted_by_their_tokens(monkeypatch: py
     update = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.params)
     assert relative(update, expected) < 1e-4
     assert float(metrics["aux/load"]) == pytest.approx(3.0)
+    assert metrics["layers/load"].tolist() == pytest.approx([2.0, 4.0])

@@ -108,6 +108,7 @@ def test_only_resident_experts_are_on_the_device(whole: Model, moe_run: Path, us
     assert sum(num_bytes(w) for w in model.store.weights.values()) == 4 * saved
 
 
+@pytest.mark.slow
 def test_generated_text_is_the_same(whole: Model, two_resident: Model, moe_run: Path) -> None:
     tokenizer = hybridlm.load(moe_run)[1]
     greedy = Sampling(temperature=0.0)

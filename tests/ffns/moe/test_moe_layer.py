@@ -161,7 +161,11 @@ def test_padding_costs_nothing_and_changes_nothing(rng: np.random.Generator) -> 
     assert float(aux["moe_experts_per_token"]) == 3.0
 
 
-MESHES = [{"data": 8 // e, "expert": e} for e in (1, 2, 4, 8)] + [{"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}]
+MESHES = [
+    *(pytest.param({"data": 8 // e, "expert": e}, marks=pytest.mark.slow) for e in (1, 2, 4)),
+    {"data": 1, "expert": 8},
+    {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+]
 
 
 @pytest.mark.parametrize("name", DISPATCHES)

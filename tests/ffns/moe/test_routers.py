@@ -30,7 +30,11 @@ CONFIGS += [
     for e in GATES.entries.values()
     for i, cfg in enumerate(e.examples)
 ]
-examples = pytest.mark.parametrize("cfg", [pytest.param(cfg, id=name) for cfg, name in CONFIGS])
+# Further examples of a router or gate run in the slow stage: compiling is what takes long.
+examples = pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(cfg, id=name, marks=() if name.endswith("0") else pytest.mark.slow) for cfg, name in CONFIGS],
+)
 modes = pytest.mark.parametrize("key", [pytest.param(KEY, id="training"), pytest.param(None, id="inference")])
 
 
