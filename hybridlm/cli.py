@@ -18,6 +18,8 @@ from hybridlm import config_io
 from hybridlm.config import FFN, Mixer, Optimizer, Schedule
 from hybridlm.config_check import ConfigError, suggestion
 
+LISTED = ("configs", "mixers", "ffns", "routers", "gates", "optimizers")
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
@@ -142,7 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     sub = command("list", list_names, "what there is to choose from")
-    sub.add_argument("what", nargs="?", default="configs", choices=("configs", "mixers", "ffns", "optimizers"))
+    sub.add_argument("what", nargs="?", default="configs", choices=LISTED)
     return parser
 
 
@@ -321,10 +323,13 @@ def list_names(args: argparse.Namespace, overrides: list[str]) -> int:
 def registered(what: str) -> list[type]:
     """The config classes that something is registered for."""
     from hybridlm.ffns import FFNS
+    from hybridlm.ffns.moe.gates import GATES
+    from hybridlm.ffns.moe.routers import ROUTERS
     from hybridlm.mixers import MIXERS
     from hybridlm.optim import OPTIMIZERS
 
-    return list({"mixers": MIXERS.entries, "ffns": FFNS.entries, "optimizers": OPTIMIZERS}[what])
+    entries = {"mixers": MIXERS, "ffns": FFNS, "routers": ROUTERS, "gates": GATES}
+    return list(OPTIMIZERS if what == "optimizers" else entries[what].entries)
 
 
 def check_json(path: Path | None) -> None:

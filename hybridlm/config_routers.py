@@ -31,8 +31,10 @@ class LinearGate(Gate):
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentGate(Gate):
-    """h_l = GRU(x W_l, h_{l-1}), logits h_l W'_l: layers tell the next one what they chose by (Qiu et al., 2024,
-    arXiv:2408.06793). The GRU is one for all layers with the same `state_dim`."""
+    """logits h_l W'_l of a state that crosses layers, h_l = GRU(x W_l, h_{l-1}) (Qiu et al., 2024, arXiv:2408.06793).
+
+    The GRU is one for all layers with the same `state_dim`.
+    """
 
     state_dim: PositiveInt = 256
 
@@ -135,8 +137,10 @@ class Switch(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class GShardTop2(Router):
-    """The two best experts; in training the second with probability min(1, 2 w_2) (Lepikhin et al., 2020,
-    arXiv:2006.16668, algorithm 1)."""
+    """The two best experts, the second at random by its weight (Lepikhin et al., 2020, arXiv:2006.16668).
+
+    Algorithm 1: in training the second is taken with probability min(1, 2 w_2).
+    """
 
     gate: Gate = LinearGate()
     balance_loss: NonNegativeFloat = 0.01
@@ -172,8 +176,7 @@ class ExpertChoice(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class HashRouter(Router):
-    """Experts by a fixed random hash of the token's id, another one in each layer (Roller et al., 2021,
-    arXiv:2106.04426)."""
+    """Experts by a fixed hash of the token's id, another one in each layer (Roller et al., 2021, arXiv:2106.04426)."""
 
     k: PositiveInt = 1
     """Each with weight 1/k."""
@@ -205,8 +208,10 @@ class DenseToSparse(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class DSelectK(Router):
-    """A mixture of k selectors that are products of smooth steps of binary codes (Hazimeh et al., 2021,
-    arXiv:2106.03760): differentiable, and sparse once the codes are."""
+    """A mixture of k differentiable selectors, sparse in the end (Hazimeh et al., 2021, arXiv:2106.03760).
+
+    They are products of smooth steps of binary codes, and sparse once the codes are 0 and 1.
+    """
 
     k: PositiveInt = 2
     smooth_step: PositiveFloat = 1.0
@@ -222,8 +227,7 @@ class DSelectK(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class Comet(Router):
-    """k soft decision trees whose leaves are the experts, with a local search over the leaves' order (Ibrahim et al.,
-    2023, arXiv:2306.02824)."""
+    """k soft decision trees over the experts, whose order is searched (Ibrahim et al., 2023, arXiv:2306.02824)."""
 
     k: PositiveInt = 2
     smooth_step: PositiveFloat = 1.0
@@ -243,8 +247,7 @@ class Comet(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveTopK(Router):
-    """One expert where the best probability leads by more than a threshold, else two (Li et al., 2023,
-    arXiv:2310.07188)."""
+    """One expert where it leads by more than a threshold, else two (Li et al., 2023, arXiv:2310.07188)."""
 
     gate: Gate = LinearGate()
     threshold: Fraction = 0.1
@@ -258,8 +261,10 @@ class AdaptiveTopK(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class PreGated(Router):
-    """Each layer's router chooses for the next layer that has one (Hwang et al., 2023, arXiv:2308.12066), so that its
-    experts can be fetched meanwhile. The first layer's choice serves the first two."""
+    """Each layer's router chooses for the next layer that has one (Hwang et al., 2023, arXiv:2308.12066).
+
+    So the next layer's experts can be fetched meanwhile. The first layer's choice serves the first two.
+    """
 
     router: Router = TopK()
 

@@ -219,10 +219,18 @@ def test_show_and_list(invoke: Invoke) -> None:
     assert "train.steps=7\n" in out
     code, out, _ = invoke("show", "griffin_tiny", "--json", "--train.steps", "7")
     assert json.loads(out)["train"]["steps"] == 7
-    for what, name in (("configs", "griffin_tiny"), ("mixers", "RGLRU"), ("ffns", "SwiGLU"), ("optimizers", "AdamW")):
+    listed = {
+        "configs": "griffin_tiny",
+        "mixers": "RGLRU",
+        "ffns": "SwiGLU",
+        "routers": "PreGated",
+        "gates": "GRKANGate",
+        "optimizers": "AdamW",
+    }
+    for what, name in listed.items():
         code, out, _ = invoke("list", what)
         assert code == 0
-        assert re.search(rf"^{name} +\S", out, re.MULTILINE)
+        assert re.search(rf"^{name} +\S.*\.$", out, re.MULTILINE)
 
 
 def test_a_reader_that_leaves_is_no_error_of_ours(process_environment: dict[str, str]) -> None:
