@@ -131,6 +131,7 @@ def test_a_pruned_run_evaluates_and_generates(invoke: Invoke, upcycled: Path, tm
     assert reports[1]["loss"] == pytest.approx(reports[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pruning_compares_with_the_parameters_of_the_seed(invoke: Invoke, moe_run: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(moe_run, run)

@@ -85,7 +85,9 @@ def check(chip: str, workloads: list[Workload]) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip", [chip if chip in ("v5e", "v5p") else pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS]
+)
 def test_kernels_compile(chip: str) -> None:
     check(chip, kernels([shape("griffin_1b")], ["bfloat16"]))
 
@@ -171,7 +173,7 @@ def four_chips(shape: tuple[int, ...], names: list[str], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("axes", [("data", None, "tensor"), (None, "context", None)], ids=["shards", "cut sequence"])
-@pytest.mark.parametrize("op", [*OPS, "gated_delta_rule"])
+@pytest.mark.parametrize("op", [*OPS, pytest.param("gated_delta_rule", marks=pytest.mark.slow)])
 def test_sharded_kernels_gather_nothing_with_time_in_it(
     op: str, axes: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

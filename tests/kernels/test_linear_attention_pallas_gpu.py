@@ -134,7 +134,7 @@ def mixed_decays(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 @pytest.mark.parametrize(
     ("k_dim", "v_dim", "group", "erases", "per_channel"),
     [
-        (64, 64, 2, True, False),
+        pytest.param(64, 64, 2, True, False, marks=pytest.mark.slow),
         pytest.param(128, 128, 1, True, False, marks=pytest.mark.slow),
         pytest.param(64, 128, 2, False, False, marks=pytest.mark.slow),
         pytest.param(128, 64, 1, False, False, marks=pytest.mark.slow),

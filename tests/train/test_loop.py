@@ -137,7 +137,7 @@ def test_a_run_killed_while_saving_goes_on_bitwise(
     assert_same_run(tiny_config, run, trained_run)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
 def test_a_run_moves_to_another_mesh(
     copy_of_stopped: Path,
     tiny_config: Config,

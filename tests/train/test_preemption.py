@@ -47,7 +47,7 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> None:
     raise AssertionError(f"never saw {beginning!r} in: {''.join(seen)}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on(
     trained_run: Path, tmp_path: Path, process_environment: dict[str, str], number: signal.Signals
 ) -> None:

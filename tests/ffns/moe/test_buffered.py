@@ -118,6 +118,7 @@ def test_generated_text_is_the_same(whole: Model, two_resident: Model, moe_run: 
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_without_a_file_the_hottest_on_held_out_text_are_resident(moe_run: Path, whole: Model) -> None:
     model, _, cfg = hybridlm.load(moe_run, resident_experts=3)
     batches = evaluation_batches(
