@@ -131,6 +131,7 @@ def mixed_decays(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return g
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k_dim", "v_dim", "group", "erases", "per_channel"),
     [
@@ -200,6 +201,7 @@ def test_more_pieces_are_more_precise(rng: np.random.Generator) -> None:
         assert np.max(found[name]) < 1e-4, found
 
 
+@pytest.mark.slow
 def test_scores_and_inverse_are_of_float32_grade(rng: np.random.Generator) -> None:
     t, k_dim = 64, 64
     k, g, beta = unit_keys(rng, (1, t, k_dim)), mixed_decays(rng, (1, 1, t)), rng.uniform(0, 2, (1, 1, t))
@@ -256,6 +258,7 @@ def test_precision_beyond_shared_memory_and_other_chunks_are_refused(
     assert refusal == reason if reason is None else re.match(reason, refusal or "")
 
 
+@pytest.mark.slow
 def test_states_are_saved_for_the_adjoint_alone(rng: np.random.Generator) -> None:
     q, k, v = jnp.asarray(rng.normal(size=(3, 1, 1, 128, 64)), jnp.bfloat16)
     g, s0 = -jnp.abs(jnp.asarray(rng.normal(size=(1, 1, 128)), jnp.float32)), jnp.ones((1, 1, 64, 64))

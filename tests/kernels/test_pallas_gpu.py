@@ -84,6 +84,7 @@ def recurrence(decay: Array, added: Array, h: Array, times: list[int]) -> tuple[
     return states, h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "reverse"), [("float32", False), ("bfloat16", True), ("complex64", False)])
 def test_linear_scan_and_its_adjoint_agree_with_a_loop(
     shape: tuple[int, int, int], dtype: str, reverse: bool, rng: np.random.Generator
@@ -119,6 +120,7 @@ def test_linear_scan_and_its_adjoint_agree_with_a_loop(
     assert error(dh0, u) < TOLERANCE["float32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("premultiplied", [False, True])
 def test_linear_scan_summary_is_the_scan_from_zero(
     premultiplied: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +194,7 @@ def test_sigmoids_are_finite_and_accurate_at_any_argument() -> None:
     np.testing.assert_allclose(short_conv.sigmoid(x), expected, rtol=1e-6, atol=1e-17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("taps", "activation", "dtype", "packed"), [(4, "silu", "float32", True), (1, None, "bfloat16", False)]
 )
