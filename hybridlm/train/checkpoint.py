@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int):
         self.directory = directory
         logging.getLogger("absl").addFilter(_holds_no_stack)
+        sys.unraisablehook = _unless_given_up
         set_aside_incomplete(directory)
         training: Any = ocp.training  # whose annotations refuse its own policies
         self._checkpointer = training.Checkpointer(
@@ -132,6 +134,15 @@ def abstract_state(init: Any, mesh: jax.sharding.Mesh) -> Any:
 def _holds_no_stack(record: logging.LogRecord) -> bool:
     """Orbax logs the stacks of all threads that an error passes through, and then raises it: once is enough."""
     return not record.exc_info
+
+
+_report_unraisable = sys.unraisablehook
+
+
+def _unless_given_up(unraisable: Any) -> None:
+    """Orbax closes its event loop at the first write that fails; TensorStore then prints a stack for every other one."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _report_unraisable(unraisable)
 
 
 def _context(partial: bool = False) -> ocp.Context:

@@ -1,17 +1,20 @@
 """Checkpoints: committed whole or not at all, whatever happens while they are written."""
 
+import asyncio
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
 import hybridlm
 from hybridlm.config import Config
@@ -103,6 +106,28 @@ def test_parameters_of_other_shapes_are_refused_clearly(trained_run: Path, tiny_
     assert "(264, 16)" in str(refusal.value)
     assert "(264, 32)" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_writes_given_up_after_a_failed_one_print_no_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr("hybridlm.train.checkpoint._report_unraisable", reported.append)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be put back
+    Checkpoints(tmp_path, keep=2)
+    promise, write = tensorstore.Promise.new()
+
+    async def finish() -> None:
+        await write
+
+    async def give_up() -> None:
+        await asyncio.wait([asyncio.ensure_future(finish())], timeout=0.01)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(give_up())
+    loop.close()
+    promise.set_result(None)  # which calls back at once
+    assert not reported
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("another")))
+    assert [str(one.exc_value) for one in reported] == ["another"]
 
 
 FULL_DISK = """
