@@ -2,8 +2,10 @@
 
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -120,6 +122,38 @@ def moe_run(moe_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Pat
     mesh, corpus = prepared(moe_config)
     write_run(moe_config, directory, params, corpus, mesh, {"command": "test"})
     return directory
+
+
+class Invoked(NamedTuple):
+    """What a command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+    def assert_refused(self, *parts: str) -> None:
+        """Exit code 2 and one line, which holds all of `parts`."""
+        assert self.code == 2, self.err
+        assert self.err.startswith("hybridlm: ")
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.endswith("\n")
+        for part in parts:
+            assert part in self.err
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., Invoked]:
+    """`hybridlm WORDS` in this process."""
+    from hybridlm import cli
+
+    def run(*words: object) -> Invoked:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return Invoked(stopped.value.code, out, err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

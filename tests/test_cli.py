@@ -8,41 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hybridlm import cli
-
-Invoke = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """`hybridlm WORDS` in this process: exit code, standard output, standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, out, err
-
-    return run
+Invoke = Callable[..., Any]
 
 
 @pytest.fixture
 def config_file(trained_run: Path) -> Path:
     return trained_run / "config.json"
-
-
-def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
-    code, _, err = result
-    assert code == 2, err
-    assert err.startswith("hybridlm: ")
-    assert err.count("\n") == 1, err
-    assert err.endswith("\n")
-    for part in parts:
-        assert part in err
 
 
 @pytest.mark.parametrize(
@@ -75,7 +50,7 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
     ],
 )
 def test_wrong_words_are_one_line(invoke: Invoke, words: str, parts: tuple[str, ...]) -> None:
-    assert_refused(invoke(*words.split()), *parts)
+    invoke(*words.split()).assert_refused(*parts)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +98,7 @@ def test_a_mistake_is_told_before_jax_is_loaded(words: str, process_environment:
 def test_a_run_that_cannot_be_is_refused(
     invoke: Invoke, config_file: Path, tmp_path: Path, words: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
-    assert_refused(invoke("train", config_file, "--out", tmp_path / "run", *words), *parts)
+    invoke("train", config_file, "--out", tmp_path / "run", *words).assert_refused(*parts)
 
 
 def test_an_empty_corpus_is_refused(invoke: Invoke, config_file: Path, tmp_path: Path) -> None:
@@ -131,7 +106,7 @@ def test_an_empty_corpus_is_refused(invoke: Invoke, config_file: Path, tmp_path:
     (tmp_path / "empty.txt").touch()
     for name, reason in (("empty", "no text files"), ("empty.txt", "holds no text")):
         result = invoke("train", config_file, "--out", tmp_path / "run", f"--data.path={tmp_path / name}")
-        assert_refused(result, "data.path=", reason)
+        result.assert_refused("data.path=", reason)
 
 
 def test_text_that_is_not_utf_8_is_refused_where_the_tokenizer_needs_characters(
@@ -143,19 +118,19 @@ def test_text_that_is_not_utf_8_is_refused_where_the_tokenizer_needs_characters(
     (tmp_path / "latin.txt").write_bytes("abcdé ".encode("latin-1") * 100)
     words = (f"--data.path={tmp_path / 'latin.txt'}", f"--data.tokenizer={tmp_path / 'tokenizer.json'}")
     result = invoke("train", config_file, "--out", tmp_path / "run", *words)
-    assert_refused(result, "data.path=", "is not UTF-8 at byte 4; correct it, or use data.tokenizer=byte")
+    result.assert_refused("data.path=", "is not UTF-8 at byte 4; correct it, or use data.tokenizer=byte")
 
 
 def test_a_directory_that_cannot_be_written_is_refused(invoke: Invoke, config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = invoke("train", config_file, "--out", tmp_path / "file" / "run")
-    assert_refused(result, str(tmp_path / "file" / "run"), "cannot be written to", "choose another --out")
+    result.assert_refused(str(tmp_path / "file" / "run"), "cannot be written to", "choose another --out")
 
 
 def test_a_run_of_another_config_and_fresh_are_refused(invoke: Invoke, config_file: Path, trained_run: Path) -> None:
     result = invoke("train", config_file, "--out", trained_run, "--model.width=32")
-    assert_refused(result, "model.width: 16 -> 32", "choose another --out")
-    assert_refused(invoke("train", config_file, "--out", trained_run, "--fresh"), "--fresh refuses")
+    result.assert_refused("model.width: 16 -> 32", "choose another --out")
+    invoke("train", config_file, "--out", trained_run, "--fresh").assert_refused("--fresh refuses")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +144,7 @@ def test_a_run_of_another_config_and_fresh_are_refused(invoke: Invoke, config_fi
     ],
 )
 def test_wrong_words_of_eval(invoke: Invoke, trained_run: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
-    assert_refused(invoke("eval", trained_run, *words), *parts)
+    invoke("eval", trained_run, *words).assert_refused(*parts)
 
 
 @pytest.mark.parametrize(
@@ -186,23 +161,23 @@ def test_wrong_words_of_eval(invoke: Invoke, trained_run: Path, words: tuple[str
     ],
 )
 def test_wrong_words_of_generate(invoke: Invoke, trained_run: Path, words: tuple[str, ...], part: str) -> None:
-    assert_refused(invoke("generate", trained_run, "--prompt", "a", *words), part)
+    invoke("generate", trained_run, "--prompt", "a", *words).assert_refused(part)
 
 
 def test_a_prompt_that_is_not_utf_8_is_refused(invoke: Invoke, trained_run: Path) -> None:
-    assert_refused(invoke("generate", trained_run, "--prompt", os.fsdecode(b"a\xff")), "--prompt: is not UTF-8")
+    invoke("generate", trained_run, "--prompt", os.fsdecode(b"a\xff")).assert_refused("--prompt: is not UTF-8")
 
 
 def test_a_run_without_checkpoints_is_refused(invoke: Invoke, trained_run: Path, tmp_path: Path) -> None:
     shutil.copy(trained_run / "config.json", tmp_path / "config.json")
     for words in (("eval", tmp_path), ("generate", tmp_path, "--prompt", "a")):
-        assert_refused(invoke(*words), "holds no complete checkpoint; train first")
-    assert_refused(invoke("eval", trained_run / "checkpoints"), "holds no config.json, so it is no run directory")
+        invoke(*words).assert_refused("holds no complete checkpoint; train first")
+    invoke("eval", trained_run / "checkpoints").assert_refused("holds no config.json, so it is no run directory")
 
 
 def test_a_damaged_config_is_refused(invoke: Invoke, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model": ')
-    assert_refused(invoke("eval", tmp_path), "config.json:1: is not JSON")
+    invoke("eval", tmp_path).assert_refused("config.json:1: is not JSON")
 
 
 def test_generate_prints_the_prompt_and_what_follows(invoke: Invoke, trained_run: Path) -> None:
@@ -256,4 +231,4 @@ def test_a_module_of_ones_own_is_imported_from_the_working_directory(
     code, out, _ = invoke("list", "--import", "my_block_for_the_command_line")
     assert code == 0
     assert out.startswith("imported\n")
-    assert_refused(invoke("list", "--import", "nowhere_at_all"), "--import nowhere_at_all: No module named")
+    invoke("list", "--import", "nowhere_at_all").assert_refused("--import nowhere_at_all: No module named")
