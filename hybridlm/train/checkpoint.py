@@ -140,7 +140,7 @@ _report_unraisable = sys.unraisablehook
 
 
 def _unless_given_up(unraisable: Any) -> None:
-    """Orbax closes its event loop at the first write that fails; TensorStore then prints a stack for every other one."""
+    """Orbax closes its event loop at the first write that fails; TensorStore prints a stack for every other one."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _report_unraisable(unraisable)
 
