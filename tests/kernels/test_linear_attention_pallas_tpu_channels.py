@@ -19,8 +19,6 @@ pytestmark = pytest.mark.xdist_group("linear_attention_pallas_tpu_channels")
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 1e-4, 1e-2  # relative L2, against float64
 FORGET = -(2.0**17)  # the decay of a document's first token
 NAMES = ("o", "s_last", "dq", "dk", "dv", "dbeta", "dg", "ds0")
-# Every shape is a minute of compiling for the interpreter at its usual effort.
-EFFORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # h, r, t, k, v, c: value heads that share keys; several key heads; a chunk of 128
 GROUPED, WIDE_VALUES, WIDE_KEYS = (1, 2, 192, 64, 64, 64), (2, 1, 128, 64, 128, 32), (1, 1, 128, 128, 64, 128)
@@ -71,7 +69,7 @@ def inputs(rng, shape, *, kind="random", beta=None, decay="mild", erases=True):
     return q, k, v, beta if erases else None, g, s0, do, ds
 
 
-@partial(jax.jit, static_argnames=("chunk", "precision", "interpret"), compiler_options=EFFORT)
+@partial(jax.jit, static_argnames=("chunk", "precision", "interpret"))
 def kernels(q, k, v, beta, g, s0, do, ds, *, chunk, precision, interpret=True):
     """The outputs and cotangents in the order of NAMES."""
     static = {"scale": scale_of(q), "chunk": chunk, "precision": precision, "interpret": interpret}
