@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.gpu_kernel import gpu_kernel
 
 Rows = tuple[Array, ...]  # one token of several arrays, each [block_channels]
 # (carries, what the token carries of its own such as its kind, one row per stream) -> (carries, output rows)
@@ -301,9 +301,9 @@ def scan(
             ref[row, chunk, channels] = value
 
     arrays = [stream.array for stream in streams]
-    large = [out_struct((plan.b, plan.t, plan.d), dtype, *arrays) for dtype in outputs]
-    small = out_struct((plan.b, plan.num_chunks, plan.padded_d), jnp.float32, *arrays)
-    results = plgpu.kernel(
+    large = [jax.ShapeDtypeStruct((plan.b, plan.t, plan.d), dtype) for dtype in outputs]
+    small = jax.ShapeDtypeStruct((plan.b, plan.num_chunks, plan.padded_d), jnp.float32)
+    results = gpu_kernel(
         kernel,
         out_type=[*large, *[small] * len(starts)],
         scratch_types=[plgpu.SMEM(block[1:], jnp.float32)],

@@ -22,8 +22,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hybridlm_kernels.gpu_kernel import gpu_kernel
 from hybridlm_kernels.grouped_matmul.visits import bounds
-from hybridlm_kernels.jax_compat import vary, varying_axes
 
 BLOCK = 64  # rows of one product, and the 16-bit numbers in the tensor cores' 128-byte rows
 ALIGNMENT = 8  # rows of a unit: where copies of operands begin
@@ -163,7 +163,7 @@ def launch(
     operands: Sequence[Array],
 ) -> Array:
     """The result of the kernel `body(*operands, out, *scratch)` on as many blocks of threads as there is work for."""
-    run = plgpu.kernel(
+    run = gpu_kernel(
         body,
         out_type=out,
         scratch_types=scratch,
@@ -174,5 +174,4 @@ def launch(
         compiler_params=COMPILER_PARAMS,
         kernel_name=name,
     )
-    # Mosaic GPU's kernels forget over which mesh axes of a shard_map their results vary.
-    return vary(run(*operands), frozenset().union(*map(varying_axes, operands)))
+    return run(*operands)

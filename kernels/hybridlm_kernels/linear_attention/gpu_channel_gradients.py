@@ -12,12 +12,13 @@ Two kernels: `of_scores` makes u and the gradients of the scores, `of_keys` walk
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.gpu_kernel import gpu_kernel
 from hybridlm_kernels.linear_attention.gpu_blocks import (
     BLOCK,
     COMPILER_PARAMS,
@@ -149,13 +150,13 @@ def of_scores(
             send(outs[2], jnp.where(row > column, -slope, 0.0))
         plgpu.wait_smem_to_gmem(0)
 
-    square = out_struct((num_pieces * heads * num_chunks, BLOCK, BLOCK), jnp.bfloat16, *arrays)
-    u = out_struct((num_pieces * heads, t, value_dim), jnp.bfloat16, *arrays)
-    sums = out_struct((heads * num_chunks, BLOCK), jnp.float32, *arrays)
+    square = jax.ShapeDtypeStruct((num_pieces * heads * num_chunks, BLOCK, BLOCK), jnp.bfloat16)
+    u = jax.ShapeDtypeStruct((num_pieces * heads, t, value_dim), jnp.bfloat16)
+    sums = jax.ShapeDtypeStruct((heads * num_chunks, BLOCK), jnp.float32)
     num_copies = 2 * value_blocks
     if erases:
         num_copies += 1 + key_blocks + num_pieces * (1 + value_blocks * (1 + key_blocks))
-    results = plgpu.kernel(
+    results = gpu_kernel(
         kernel,
         out_type=[square, u, square, sums] if erases else [square],
         scratch_types=[
@@ -335,15 +336,15 @@ def of_keys(
         plgpu.copy_smem_to_gmem(row_sums, sums_ref.at[index, block])
         plgpu.wait_smem_to_gmem(0)
 
-    side = out_struct((heads, t, key_dim), jnp.bfloat16, *arrays)
+    side = jax.ShapeDtypeStruct((heads, t, key_dim), jnp.bfloat16)
     of_values = u_pieces + 1 + 2 * num_pieces + erases * num_pieces
-    dq, dk, dg, sums = plgpu.kernel(
+    dq, dk, dg, sums = gpu_kernel(
         kernel,
         out_type=[
             side,
             side,
-            out_struct(side.shape, jnp.float32, *arrays),
-            out_struct((heads * num_chunks, key_blocks, BLOCK), jnp.float32, *arrays),
+            jax.ShapeDtypeStruct(side.shape, jnp.float32),
+            jax.ShapeDtypeStruct((heads * num_chunks, key_blocks, BLOCK), jnp.float32),
         ],
         scratch_types=[
             blocks(2),

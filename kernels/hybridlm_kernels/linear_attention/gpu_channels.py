@@ -11,12 +11,13 @@ no exponent is positive, whatever the decays, and nothing is divided by a vanish
 of a 0/1 matrix with the three bfloat16 pieces of float32, hence exact. The rest is as in `gpu_prepare`.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.gpu_kernel import gpu_kernel
 from hybridlm_kernels.linear_attention.gpu_blocks import (
     BLOCK,
     COMPILER_PARAMS,
@@ -152,9 +153,9 @@ def prepare(q: Array, k: Array, g: Array, numbers: Array, *, scale: float, num_p
         plgpu.wait_smem_to_gmem(0)
 
     arrays = (q, k, g, numbers)
-    side = out_struct((heads, t, key_dim), jnp.bfloat16, *arrays)
-    square = out_struct((num_pieces * heads * num_chunks, BLOCK, BLOCK), jnp.bfloat16, *arrays)
-    q, k, leaving, *squares = plgpu.kernel(
+    side = jax.ShapeDtypeStruct((heads, t, key_dim), jnp.bfloat16)
+    square = jax.ShapeDtypeStruct((num_pieces * heads * num_chunks, BLOCK, BLOCK), jnp.bfloat16)
+    q, k, leaving, *squares = gpu_kernel(
         kernel,
         out_type=[side] * 3 + [square] * (1 + erases),
         scratch_types=[

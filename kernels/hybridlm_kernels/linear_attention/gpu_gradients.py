@@ -16,12 +16,13 @@ what cancels leaves no more than their rounding. All other sums of g have terms 
 Two warpgroups share a chunk where k or v is 128: each has half of the value columns, then half of the key columns.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.gpu_kernel import gpu_kernel
 from hybridlm_kernels.linear_attention.gpu_blocks import (
     BLOCK,
     COMPILER_PARAMS,
@@ -225,12 +226,12 @@ def gradients(
     if erases:
         copies += num_pieces * (1 + value_blocks)
     of_threads = {"num_threads": threads, "thread_name": thread} if threads > 1 else {}
-    dq, dk, sums = plgpu.kernel(
+    dq, dk, sums = gpu_kernel(
         kernel,
         out_type=[
-            out_struct((heads, t, key_dim), jnp.bfloat16, *arrays),
-            out_struct((heads, t, key_dim), jnp.bfloat16, *arrays),
-            out_struct((heads * num_chunks, threads, NUM_SUMS, BLOCK), jnp.float32, *arrays),
+            jax.ShapeDtypeStruct((heads, t, key_dim), jnp.bfloat16),
+            jax.ShapeDtypeStruct((heads, t, key_dim), jnp.bfloat16),
+            jax.ShapeDtypeStruct((heads * num_chunks, threads, NUM_SUMS, BLOCK), jnp.float32),
         ],
         scratch_types=[
             blocks(key_blocks),

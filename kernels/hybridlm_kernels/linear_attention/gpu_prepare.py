@@ -13,12 +13,13 @@ its products are of two pieces, whatever the precision.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.gpu_kernel import gpu_kernel
 from hybridlm_kernels.linear_attention.gpu_blocks import (
     BLOCK,
     COMPILER_PARAMS,
@@ -146,8 +147,8 @@ def prepare(q: Array, k: Array, numbers: Array, *, scale: float, num_pieces: int
             send(outs[1], inverse(a, places[:INVERSE_PIECES], places[INVERSE_PIECES : 2 * INVERSE_PIECES]))
         plgpu.wait_smem_to_gmem(0)
 
-    square = out_struct((num_pieces * heads * num_chunks, BLOCK, BLOCK), jnp.bfloat16, q, k, numbers)
-    results = plgpu.kernel(
+    square = jax.ShapeDtypeStruct((num_pieces * heads * num_chunks, BLOCK, BLOCK), jnp.bfloat16)
+    results = gpu_kernel(
         kernel,
         out_type=[square] * (1 + erases),
         scratch_types=[

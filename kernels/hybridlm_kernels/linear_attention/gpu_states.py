@@ -18,12 +18,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hybridlm_kernels.jax_compat import out_struct
+from hybridlm_kernels.gpu_kernel import gpu_kernel
 from hybridlm_kernels.linear_attention.gpu_blocks import (
     BLOCK,
     COMPILER_PARAMS,
@@ -281,13 +282,13 @@ def walk(
 
     arrays = (*sides, *squares, values, given.numbers, state)
     outs = [
-        out_struct((num_outs * heads, t, value_dim), jnp.bfloat16, *arrays),
-        out_struct((heads, key_dim, value_dim), jnp.float32, *arrays),
+        jax.ShapeDtypeStruct((num_outs * heads, t, value_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((heads, key_dim, value_dim), jnp.float32),
     ]
     if save:
-        outs.append(out_struct((num_pieces * heads * num_chunks, key_dim, value_dim), jnp.bfloat16, *arrays))
+        outs.append(jax.ShapeDtypeStruct((num_pieces * heads * num_chunks, key_dim, value_dim), jnp.bfloat16))
     fetched = 2 + len(sides) * key_blocks + len(squares) * num_pieces
-    results = plgpu.kernel(
+    results = gpu_kernel(
         kernel,
         out_type=outs,
         scratch_types=[
