@@ -4,8 +4,6 @@ Letters: m rows, k inputs, n outputs, g groups. The interpreter follows copies, 
 knows nothing of registers, layouts or what runs asynchronously.
 """
 
-import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,67 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hybridlm_kernels.grouped_matmul import gpu_rows, gpu_stages, pallas_gpu
-from jax.interpreters import mlir
-
-interpreter = pytest.importorskip(
-    "jax._src.pallas.mosaic_gpu.interpret.params", reason="this JAX has no interpreter of GPU kernels"
-)
-gpu_callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
-gpu_core = pytest.importorskip("jax._src.pallas.mosaic_gpu.core")
-state_types = pytest.importorskip("jax._src.state.types")
 
 Array = np.ndarray
+Run = Callable[..., Any]  # calls a function with its GPU kernels interpreted
 ROUNDED = 4e-3  # relative L2 of results in bfloat16
 SUMMED = 1e-6  # and of float32 sums
 
 
 @pytest.fixture(autouse=True, scope="module")
-def completed_interpreter() -> Iterator[None]:
-    """A cast of layout is nothing on CPU; and the older interpreter does not know transposed operands of a product."""
-    mlir.register_lowering(gpu_core.layout_cast_p, lambda ctx, x, **_: [x])
+def one_multiprocessor() -> Iterator[None]:
+    """Which takes one tile after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_stages, "MULTIPROCESSORS", 1)  # which takes one tile after the other
-        if jax.__version_info__ < (0, 12):
-            original = gpu_callbacks._get_shared_memory
-            patch.setattr(gpu_callbacks, "_get_shared_memory", lambda: Transposing(original()))
-            patch.setattr(gpu_callbacks, "wgmma", functools.partial(multiply, gpu_callbacks.wgmma))
+        patch.setattr(gpu_stages, "MULTIPROCESSORS", 1)
         yield
-
-
-transposed_reads = threading.local()  # of the next reads of this thread's, whether they are transposed
-
-
-def multiply(product: Callable[..., Any], *, a_transforms: tuple, b_transforms: tuple, **rest: Any) -> Any:
-    """`product` of refs that may be transposed: it reads first a, then b, then what it adds to."""
-
-    def is_transpose(transform: Any) -> bool:
-        return isinstance(transform, state_types.TransposeTransform)
-
-    operands = (a_transforms, b_transforms)
-    transposed_reads.flags = [any(map(is_transpose, transforms)) for transforms in operands]
-    plain = [tuple(t for t in transforms if not is_transpose(t)) for transforms in operands]
-    return product(a_transforms=plain[0], b_transforms=plain[1], **rest)
-
-
-class Transposing:
-    """The interpreter's shared memory, `transposed_reads` obeyed."""
-
-    def __init__(self, memory: Any) -> None:
-        self.memory = memory
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.memory, name)
-
-    def get_buffer_content(self, *args: Any, **options: Any) -> Any:
-        content, *others = self.memory.get_buffer_content(*args, **options)
-        flags = getattr(transposed_reads, "flags", [])
-        return (content.T if flags and flags.pop(0) else content, *others)
-
-
-def interpreted(function: Callable[..., Any], *operands: Any) -> Any:
-    params = interpreter.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-    with interpreter.force_gpu_interpret_mode(params):
-        return jax.block_until_ready(jax.jit(function)(*operands))
 
 
 def exact(x: Any) -> Array:
@@ -96,7 +46,15 @@ def error(result: Any, expected: Array) -> float:
     return float(np.linalg.norm(exact(result) - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
-def check(rng: np.random.Generator, m: int, k: int, n: int, group_sizes: Sequence[int], dtype: str = "float32") -> None:
+def check(
+    interpreted: Run,
+    rng: np.random.Generator,
+    m: int,
+    k: int,
+    n: int,
+    group_sizes: Sequence[int],
+    dtype: str = "float32",
+) -> None:
     """All three products agree with the oracle, dw in `dtype`; rows past the groups hold no numbers."""
     x, dy = (jnp.asarray(rng.normal(size=(m, dim)), jnp.bfloat16).at[sum(group_sizes) :].set(np.nan) for dim in (k, n))
     w = jnp.asarray(rng.normal(size=(len(group_sizes), k, n)), jnp.bfloat16)
@@ -106,7 +64,7 @@ def check(rng: np.random.Generator, m: int, k: int, n: int, group_sizes: Sequenc
         dw = pallas_gpu.weights(x, dy, sizes, jnp.dtype(dtype))
         return pallas_gpu.forward(x, w, sizes), pallas_gpu.transposed(dy, w, sizes), dw
 
-    y, dx, dw = interpreted(products, x, w, dy, sizes)
+    y, dx, dw = interpreted(jax.jit(products), x, w, dy, sizes)
     assert y.dtype == dx.dtype == jnp.bfloat16 and dw.dtype == dtype
     expected = oracle(exact(x), exact(w), exact(dy), group_sizes)
     assert error(y, expected[0]) < ROUNDED
@@ -129,22 +87,26 @@ def check(rng: np.random.Generator, m: int, k: int, n: int, group_sizes: Sequenc
         pytest.param(333, [1, 63, 64, 65, 127, 13], marks=pytest.mark.slow),
     ],
 )
-def test_products_agree_with_a_loop_over_groups(m: int, group_sizes: list[int], rng: np.random.Generator) -> None:
-    check(rng, m, 128, 192, group_sizes)
+def test_products_agree_with_a_loop_over_groups(
+    m: int, group_sizes: list[int], rng: np.random.Generator, interpreted: Run
+) -> None:
+    check(interpreted, rng, m, 128, 192, group_sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("k", "n"), [(64, 64), (64, 320), (320, 64), (192, 576)])
-def test_tiles_may_stand_out_beyond_the_columns(k: int, n: int, rng: np.random.Generator) -> None:
-    check(rng, 200, k, n, [70, 0, 90], dtype="bfloat16")
+def test_tiles_may_stand_out_beyond_the_columns(k: int, n: int, rng: np.random.Generator, interpreted: Run) -> None:
+    check(interpreted, rng, 200, k, n, [70, 0, 90], dtype="bfloat16")
 
 
 @pytest.mark.slow
-def test_blocks_of_threads_divide_the_tiles(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_threads_divide_the_tiles(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, interpreted: Run
+) -> None:
     monkeypatch.setattr(gpu_stages, "MULTIPROCESSORS", 3)
     monkeypatch.setattr(gpu_stages, "WIDEST", 64)
     monkeypatch.setattr(gpu_rows, "PANEL", 2)
-    check(rng, 300, 128, 320, [140, 0, 90])
+    check(interpreted, rng, 300, 128, 320, [140, 0, 90])
 
 
 @pytest.mark.parametrize("group_sizes", [[0, 131, 1, 0, 60, 0], [0, 0, 0], [2000, 48], [7] * 11, [2048], [2047, 2]])

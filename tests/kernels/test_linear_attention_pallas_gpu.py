@@ -4,10 +4,8 @@ Letters: b batch, t time, h query-key heads, r value heads per query head, k key
 follows copies, barriers and products of blocks; it knows nothing of registers, layouts or what runs asynchronously.
 """
 
-import functools
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,67 +15,12 @@ import pytest
 from hybridlm_kernels.bench import oracles, static_gpu
 from hybridlm_kernels.linear_attention import pallas_gpu
 from hybridlm_kernels.linear_attention.gpu_prepare import gates, prepare
-from jax.interpreters import mlir
-
-interpreter = pytest.importorskip(
-    "jax._src.pallas.mosaic_gpu.interpret.params", reason="this JAX has no interpreter of GPU kernels"
-)
-gpu_callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
-gpu_core = pytest.importorskip("jax._src.pallas.mosaic_gpu.core")
-state_types = pytest.importorskip("jax._src.state.types")
 
 Array = np.ndarray
+Run = Callable[..., Any]  # calls a function with its GPU kernels interpreted
 RESET = -(2.0**17)
 NAMES = ("o", "s_last", "dq", "dk", "dv", "dbeta", "dg", "ds0")
 TOLERANCE = 1e-2  # relative L2: the states, scores and u are multiplied as bfloat16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def completed_interpreter() -> Iterator[None]:
-    """A cast of layout is nothing on CPU; and the older interpreter does not know transposed operands of a product."""
-    mlir.register_lowering(gpu_core.layout_cast_p, lambda ctx, x, **_: [x])
-    with pytest.MonkeyPatch.context() as patch:
-        if jax.__version_info__ < (0, 12):
-            original = gpu_callbacks._get_shared_memory
-            patch.setattr(gpu_callbacks, "_get_shared_memory", lambda: Transposing(original()))
-            patch.setattr(gpu_callbacks, "wgmma", functools.partial(multiply, gpu_callbacks.wgmma))
-        yield
-
-
-transposed_reads = threading.local()  # of the next reads of this thread's, whether they are transposed
-
-
-def multiply(product: Callable[..., Any], *, a_transforms: tuple, b_transforms: tuple, **rest: Any) -> Any:
-    """`product` of refs that may be transposed: it reads first a, then b, then what it adds to."""
-
-    def is_transpose(transform: Any) -> bool:
-        return isinstance(transform, state_types.TransposeTransform)
-
-    operands = (a_transforms, b_transforms)
-    transposed_reads.flags = [any(map(is_transpose, transforms)) for transforms in operands]
-    plain = [tuple(t for t in transforms if not is_transpose(t)) for transforms in operands]
-    return product(a_transforms=plain[0], b_transforms=plain[1], **rest)
-
-
-class Transposing:
-    """The interpreter's shared memory, `transposed_reads` obeyed."""
-
-    def __init__(self, memory: Any) -> None:
-        self.memory = memory
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.memory, name)
-
-    def get_buffer_content(self, *args: Any, **options: Any) -> Any:
-        content, *others = self.memory.get_buffer_content(*args, **options)
-        flags = getattr(transposed_reads, "flags", [])
-        return (content.T if flags and flags.pop(0) else content, *others)
-
-
-def interpreted(function: Callable[[], Any]) -> Any:
-    params = interpreter.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-    with interpreter.force_gpu_interpret_mode(params):
-        return jax.block_until_ready(function())
 
 
 def exact(x: Any) -> Array:
@@ -89,7 +32,14 @@ def error(result: Any, expected: Array) -> float:
 
 
 def errors(
-    rng: np.random.Generator, k: Array, v_dim: int, beta: Array | None, g: Array, *, precision: str = "default"
+    interpreted: Run,
+    rng: np.random.Generator,
+    k: Array,
+    v_dim: int,
+    beta: Array | None,
+    g: Array,
+    *,
+    precision: str = "default",
 ) -> dict[str, Array]:
     """Relative errors [b, h] of all outputs and gradients for keys [b, h, t, k] and gates [b, h r, t]."""
     b, h, t, k_dim = k.shape
@@ -144,7 +94,7 @@ def mixed_decays(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     ],
 )
 def test_outputs_and_gradients_agree_with_a_loop(
-    k_dim: int, v_dim: int, group: int, erases: bool, per_channel: bool, rng: np.random.Generator
+    k_dim: int, v_dim: int, group: int, erases: bool, per_channel: bool, rng: np.random.Generator, interpreted: Run
 ) -> None:
     b, h, t = 1, 1, 128
     k = unit_keys(rng, (b, h, t, k_dim))
@@ -153,13 +103,15 @@ def test_outputs_and_gradients_agree_with_a_loop(
     for x in (k, g, beta[..., None]):
         x[:, :, 110:] = 0  # padding
     g = g if per_channel else g[..., 0]
-    found = errors(rng, k, v_dim, beta if erases else None, g)
+    found = errors(interpreted, rng, k, v_dim, beta if erases else None, g)
     assert max(map(np.max, found.values())) < TOLERANCE, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_alike_keys_and_extreme_gates_stay_bounded(per_channel: bool, rng: np.random.Generator) -> None:
+def test_alike_keys_and_extreme_gates_stay_bounded(
+    per_channel: bool, rng: np.random.Generator, interpreted: Run
+) -> None:
     t, k_dim = 128, 64
     random = unit_keys(rng, (t, k_dim))
     identical = np.tile(
@@ -180,16 +132,17 @@ def test_alike_keys_and_extreme_gates_stay_bounded(per_channel: bool, rng: np.ra
     }
     keys, betas, decays, limits = (np.stack([np.asarray(case[i]) for case in cases.values()]) for i in range(4))
     g = np.broadcast_to(decays[None, :, None, None], (1, len(cases), t, k_dim if per_channel else 1))
-    found = errors(rng, keys[None], 64, betas[None], g if per_channel else g[..., 0])
+    found = errors(interpreted, rng, keys[None], 64, betas[None], g if per_channel else g[..., 0])
     for name, values in found.items():
         for case, value, limit in zip(cases, values[0], limits, strict=True):
             assert value < limit, (name, case, values)
 
 
 @pytest.mark.slow
-def test_more_pieces_are_more_precise(rng: np.random.Generator) -> None:
+def test_more_pieces_are_more_precise(rng: np.random.Generator, interpreted: Run) -> None:
     shape = (1, 1, 128)
     found = errors(
+        interpreted,
         rng,
         unit_keys(rng, (*shape, 64)),
         64,
@@ -202,7 +155,7 @@ def test_more_pieces_are_more_precise(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.slow
-def test_scores_and_inverse_are_of_float32_grade(rng: np.random.Generator) -> None:
+def test_scores_and_inverse_are_of_float32_grade(rng: np.random.Generator, interpreted: Run) -> None:
     t, k_dim = 64, 64
     k, g, beta = unit_keys(rng, (1, t, k_dim)), mixed_decays(rng, (1, 1, t)), rng.uniform(0, 2, (1, 1, t))
     q, k = (jnp.asarray(x, jnp.bfloat16) for x in (rng.normal(size=k.shape), k))
@@ -259,7 +212,7 @@ def test_precision_beyond_shared_memory_and_other_chunks_are_refused(
 
 
 @pytest.mark.slow
-def test_states_are_saved_for_the_adjoint_alone(rng: np.random.Generator) -> None:
+def test_states_are_saved_for_the_adjoint_alone(rng: np.random.Generator, interpreted: Run) -> None:
     q, k, v = jnp.asarray(rng.normal(size=(3, 1, 1, 128, 64)), jnp.bfloat16)
     g, s0 = -jnp.abs(jnp.asarray(rng.normal(size=(1, 1, 128)), jnp.float32)), jnp.ones((1, 1, 64, 64))
     results = [

@@ -18,9 +18,6 @@ from hybridlm_kernels.rg_lru import pallas_gpu as rg_lru
 from hybridlm_kernels.segments import CONTINUE, PADDING, RESET
 from hybridlm_kernels.short_conv import pallas_gpu as short_conv
 
-interpreter = pytest.importorskip(
-    "jax._src.pallas.mosaic_gpu.interpret.params", reason="this JAX has no interpreter of GPU kernels"
-)
 TOLERANCE = {
     "float32": 2e-6,
     "complex64": 2e-6,
@@ -33,6 +30,7 @@ clips = pytest.mark.skipif(
 )
 
 Array = np.ndarray
+Run = Callable[..., Any]  # calls a function with its GPU kernels interpreted
 
 
 @pytest.fixture(params=[(WHOLE, False), (WHOLE, True), pytest.param((RAGGED, False), marks=clips)], ids=str)
@@ -42,12 +40,6 @@ def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
     monkeypatch.setattr(gpu_scan, "MIN_CHUNK_BLOCKS", 1 if is_split else 1000)
     monkeypatch.setattr(gpu_scan, "GROUP", 4)  # of unrolled tokens: half as many to compile
     return shape
-
-
-def interpreted(function: Callable[[], Any]) -> Any:
-    params = interpreter.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-    with interpreter.force_gpu_interpret_mode(params):
-        return jax.block_until_ready(function())
 
 
 def error(result: Any, expected: Array) -> float:
@@ -87,7 +79,7 @@ def recurrence(decay: Array, added: Array, h: Array, times: list[int]) -> tuple[
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "reverse"), [("float32", False), ("bfloat16", True), ("complex64", False)])
 def test_linear_scan_and_its_adjoint_agree_with_a_loop(
-    shape: tuple[int, int, int], dtype: str, reverse: bool, rng: np.random.Generator
+    shape: tuple[int, int, int], dtype: str, reverse: bool, rng: np.random.Generator, interpreted: Run
 ) -> None:
     b, t, d = shape
     wide = "complex64" if dtype == "complex64" else "float32"
@@ -123,7 +115,7 @@ def test_linear_scan_and_its_adjoint_agree_with_a_loop(
 @pytest.mark.slow
 @pytest.mark.parametrize("premultiplied", [False, True])
 def test_linear_scan_summary_is_the_scan_from_zero(
-    premultiplied: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    premultiplied: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, interpreted: Run
 ) -> None:
     monkeypatch.setattr(gpu_scan, "MIN_CHUNK_BLOCKS", 1)
     shape = b, t, d = RAGGED  # nothing of this size is stored
@@ -138,7 +130,9 @@ def test_linear_scan_summary_is_the_scan_from_zero(
     assert error(added, recurrence(decay, value, np.zeros((b, d)), list(range(t))[::-1])[1]) < TOLERANCE["float32"]
 
 
-def test_rg_lru_and_its_adjoint_agree_with_a_loop(shape: tuple[int, int, int], rng: np.random.Generator) -> None:
+def test_rg_lru_and_its_adjoint_agree_with_a_loop(
+    shape: tuple[int, int, int], rng: np.random.Generator, interpreted: Run
+) -> None:
     b, t, d = shape
     dtype = "bfloat16" if shape == RAGGED else "float32"
     x, gate_a, gate_x, dh = (scale * random(rng, shape, dtype) for scale in (1, 4, 4, 1))
@@ -199,7 +193,13 @@ def test_sigmoids_are_finite_and_accurate_at_any_argument() -> None:
     ("taps", "activation", "dtype", "packed"), [(4, "silu", "float32", True), (1, None, "bfloat16", False)]
 )
 def test_short_conv_and_its_adjoint_agree_with_a_loop(
-    shape: tuple[int, int, int], taps: int, activation: str | None, dtype: str, packed: bool, rng: np.random.Generator
+    shape: tuple[int, int, int],
+    taps: int,
+    activation: str | None,
+    dtype: str,
+    packed: bool,
+    rng: np.random.Generator,
+    interpreted: Run,
 ) -> None:
     b, t, d = shape
     held = taps - 1
