@@ -15,7 +15,7 @@ from hybridlm import config
 from hybridlm.config_check import ConfigError
 from hybridlm.ffns.base import Aux, Pass
 from hybridlm.ffns.moe.layer import MoE
-from hybridlm.ffns.moe.routing import Routing, Tokens, expert_counts, only_real
+from hybridlm.ffns.moe.routing import Routing, Tokens, expert_counts
 from hybridlm.mixers.base import Carry, Segments
 from hybridlm.model.lm import LM
 from hybridlm.sharding import total
@@ -32,8 +32,7 @@ class CountingRouter(nnx.Module):
 
     def __call__(self, tokens: Tokens, carry: Carry, given: Pass) -> tuple[Routing, Aux, Carry]:
         routing, aux, carry = self.router(tokens, carry, given)  # pyright: ignore[reportCallIssue]
-        chosen = only_real(routing, tokens.real, self.num_experts).experts
-        counts = total(expert_counts(chosen, self.num_experts), "batch")
+        counts = total(expert_counts(routing.experts, self.num_experts), "batch")
         return routing, aux | {CHOICES: jnp.pad(counts, (0, self.width - self.num_experts))}, carry
 
 

@@ -17,7 +17,7 @@ from hybridlm.ffns.gated_mlp import GatedMLP
 from hybridlm.ffns.moe.dispatch import DISPATCHES
 from hybridlm.ffns.moe.experts import AXES, Experts, Weights
 from hybridlm.ffns.moe.routers import ROUTERS
-from hybridlm.ffns.moe.routing import Tokens, only_real, statistics
+from hybridlm.ffns.moe.routing import Tokens, statistics
 from hybridlm.layers import fan_in_normal, merge_tokens, split_tokens
 from hybridlm.mixers.base import Carry, Context, Segments
 from hybridlm.sharding import constrain, out_sharding, param, per_device, total
@@ -60,7 +60,6 @@ class MoE(nnx.Module):
         tokens = Tokens(x.reshape(-1, x.shape[-1]), real.reshape(-1), x.shape[1])
         num_experts, per_token = self.cfg.num_experts, self.experts_per_token(self.cfg)
         routing, aux, carry = router(tokens, carry, given)
-        routing = only_real(routing, tokens.real, num_experts)
         # Outside training a fixed capacity would only lose tokens.
         cfg = self.cfg.dispatch if given.training else config.Dropless()
         y, dropped = DISPATCHES[type(cfg)](cfg, tokens, routing, self.experts, weights, num_experts, per_token)

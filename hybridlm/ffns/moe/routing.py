@@ -55,7 +55,9 @@ class Router(Protocol):
     `shared(cfg, num_experts, context, rngs)`, as in `hybridlm.ffns.base.FFN`.
     """
 
-    def __call__(self, tokens: Tokens, carry: Carry, given: Pass) -> tuple[Routing, Aux, Carry]: ...
+    def __call__(self, tokens: Tokens, carry: Carry, given: Pass) -> tuple[Routing, Aux, Carry]:
+        """Padding goes to no expert (`only_real`); nothing after a router looks for it. Losses are named `..._loss`."""
+        ...
 
     @staticmethod
     def slots(cfg: Any, num_experts: int) -> int:
