@@ -38,9 +38,9 @@ MOST_SPILLS = {
     "gated_linear_attention_channels_adjoint": 1.7,
     "gated_delta_rule_channels": 1.3,
     "gated_delta_rule_channels_adjoint": 1.7,
-    "grouped_matmul": 1.5,
-    "grouped_matmul_transposed": 1.5,
-    "grouped_matmul_weights": 1.5,
+    "grouped_matmul": 1.35,
+    "grouped_matmul_transposed": 1.3,
+    "grouped_matmul_weights": 1.3,
 }
 HEADED = (
     "gated_linear_attention",
