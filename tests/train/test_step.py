@@ -172,19 +172,20 @@ def test_steps_move_nothing_between_host_and_device(adamw_step: Any) -> None:
     assert metrics["loss"].shape == ()
 
 
-def test_aux_losses_of_microbatches_are_weighted_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aux_losses_add_up_over_layers_and_weigh_as_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     features = LM.features
 
     def with_aux(self: LM, tokens: Any, segments: Segments, **told: Any) -> Any:
         x, state, _ = features(self, tokens, segments, **told)
-        return x, state, {"balance_loss": jnp.mean(jnp.square(x))[None], "load": jnp.array([2.0, 4.0])}
+        losses = jnp.stack([jnp.mean(jnp.square(x)), jnp.mean(jnp.sin(x))])
+        return x, state, {"balance_loss": losses, "load": jnp.array([2.0, 4.0])}
 
     def objective(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         total = plain_objective(params, batch, 0.0)
         for part in ({name: x[i::2] for name, x in batch.items()} for i in range(2)):
             x = features(BIND(params), part["tokens"], Segments(part["segment_ids"], part["positions"]))[0]
             share = jnp.sum(part["loss_weight"]) / jnp.sum(batch["loss_weight"])
-            total += share * jnp.mean(jnp.square(x))
+            total += share * (jnp.mean(jnp.square(x)) + jnp.mean(jnp.sin(x)))
         return total
 
     state, batch = fresh(SGD), make_batch(7)
