@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from hybridlm import cli
 from hybridlm.config import Config
 from hybridlm.data.pipeline import load_corpus
 from hybridlm.data.sources import read_documents, split_documents
-from hybridlm.evaluation.perplexity import baselines, evaluate_run
-from hybridlm.train.held_out import position_buckets
+from hybridlm.evaluation.perplexity import baselines, evaluate_run, table
+from hybridlm.train.held_out import evaluate, make_eval_step, position_buckets
 
 TEXT = "the cat sat. a dog ran. é one bird sang. the dog sat. " * 3
 
@@ -110,6 +111,27 @@ def test_position_buckets_double_and_leave_out_what_is_empty() -> None:
     tokens[32:64] = 0
     buckets = position_buckets(nats * tokens, tokens)
     assert buckets == [(0, 16, 7.5), (16, 32, 23.5), (64, 70, 66.5)]
+
+
+def test_choices_that_find_no_place_are_averaged_over_layers_and_batches() -> None:
+    def bind(by_layer: Any) -> Any:
+        """A model of one word, two of whose layers drop so much times the first token."""
+
+        def features(tokens: Any, segments: Any, step: Any) -> Any:
+            return jnp.zeros((*tokens.shape, 1)), {}, {name: x * tokens[0, 0] for name, x in by_layer.items()}
+
+        return SimpleNamespace(features=features, logits=lambda x: x, cfg=SimpleNamespace(vocab_size=1))
+
+    ones = jnp.ones((2, 3), jnp.int32)
+    names = ("targets", "segment_ids", "positions", "loss_weight", "target_bytes")
+    batches = [{name: ones for name in names} | {"tokens": first * ones} for first in (1, 4)]
+    run = make_eval_step(bind)
+    report = evaluate(run, {"moe_dropped": jnp.array([0.0, 0.25])}, batches)
+    assert report["moe_dropped"] == (0.125 + 4 * 0.125) / 2
+    assert "moe_dropped" not in evaluate(run, {}, batches)
+    report |= {"step": 3} | baselines(b"ab")
+    assert table(report).endswith("\ndropped          31.25% of the choices of experts; raise buffer_factor")
+    assert "dropped" not in table(report | {"moe_dropped": 0.0})
 
 
 def test_baselines() -> None:

@@ -44,6 +44,18 @@ def test_on_a_terminal_a_bar_shows_the_same(
     assert "loss 2.5000" in err
 
 
+def test_choices_of_experts_that_are_dropped_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = {"step": 20, "loss": 1.75, "perplexity": 5.75, "bits_per_byte": 2.5, "tokens": 7}
+    with RunLog(tmp_path, 0, 20) as log:
+        for share in (0.0125, 0.0):
+            log.train(record(10, **{"aux/moe_dropped": share}))
+            log.eval(held_out | {"moe_dropped": share})
+    some, some_held_out, none, none_held_out = capsys.readouterr().out.splitlines()
+    assert "MFU 45.7%  dropped 1.25%  ETA" in some
+    assert some_held_out.endswith("(7 tokens), 1.25% of choices dropped")
+    assert "dropped" not in none + none_held_out
+
+
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
