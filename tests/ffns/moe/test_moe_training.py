@@ -1,6 +1,7 @@
 """A model with experts in the training loop: balance, schedules, noise, accumulation, meshes, wrong configs."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from hybridlm.ffns.moe.routing import Tokens, expert_counts
 from hybridlm.mixers.base import Context, Segments
 from hybridlm.model import build
 from hybridlm.optim import derivatives, make_optimizer
-from hybridlm.train.loop import train
+from hybridlm.train.derived import prepared
+from hybridlm.train.loop import describe, train
 from hybridlm.train.step import init_state, make_train_step
 
 EXPERTS = config.MoE(num_experts=4, hidden=16, router=config.TopK(k=2, bias_balance=True, balance_loss=0.0))
@@ -144,6 +146,25 @@ def test_noise_differs_by_step_and_layer_and_is_absent_from_evaluation(
     assert not np.array_equal(one, other)
     silent = np.asarray(losses(params, None))
     assert not np.array_equal(one, silent)
+
+
+def test_a_run_tells_how_many_parameters_a_token_uses(
+    moe_config: config.Config, tiny_config: config.Config, tmp_path: Path
+) -> None:
+    """Layer 0 has 4 experts of which a token goes to one, the others 6 of which it goes to two."""
+
+    def description(cfg: config.Config) -> tuple[dict[str, int], str]:
+        params = jax.eval_shape(build(cfg.model, cfg.kernels)[0], jax.random.key(0))
+        leaves, _ = jax.tree.flatten_with_path(params)
+        sizes = {jax.tree_util.keystr(path): math.prod(x.shape) for path, x in leaves}
+        return sizes, describe(cfg, *prepared(cfg), params, tmp_path)
+
+    sizes, text = description(moe_config)
+    idle = sum(n * (3 / 4 if "prologue" in path else 4 / 6) for path, n in sizes.items() if "['experts']" in path)
+    total = sum(sizes.values())
+    assert 0 < idle == round(idle)
+    assert f"parameters  {total:,} (" in text and f", {total - round(idle):,} of them active per token" in text
+    assert "active" not in description(tiny_config)[1]
 
 
 @pytest.mark.slow
