@@ -5,6 +5,7 @@ Letters: b batch, t time, n tokens, k experts per token, x experts, d model widt
 
 import functools
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hybridlm import config
 from hybridlm.ffns.base import Pass
-from hybridlm.ffns.gated_mlp import ACTIVATIONS
+from hybridlm.ffns.gated_mlp import ACTIVATIONS, GatedMLP
+from hybridlm.ffns.moe.exchange import all_to_all
 from hybridlm.ffns.moe.layer import MoE
+from hybridlm.ffns.moe.routers import ROUTERS
 from hybridlm.ffns.moe.routing import Tokens
 from hybridlm.mixers.base import Context, Segments
 from hybridlm.sharding import make_mesh
@@ -236,8 +239,39 @@ def brute_force(cfg: config.MoE, params: Any, x: np.ndarray, segments: Segments,
     return kept
 
 
+def test_outside_training_capacity_drops_nothing(rng: np.random.Generator) -> None:
+    params, (x, segments, _) = jax.tree.map(jnp.asarray, (random_params(PLAIN, rng), batch(rng)))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def forward(dispatch: config.Dispatch, training: bool) -> Any:
+        graphdef, _ = abstract(replace(PLAIN, dispatch=dispatch))
+        y, aux, _ = nnx.merge(graphdef, params)(x, segments, {}, given(training))
+        return y, aux["moe_dropped"]
+
+    scarce = config.Capacity(factor=0.1)
+    y, dropped = forward(scarce, False)
+    np.testing.assert_array_equal(y, forward(config.Dropless(), False)[0])
+    assert float(dropped) == 0.0
+    assert float(forward(scarce, True)[1]) > 0.5
+
+
+def test_slices_exchange_within_themselves_and_then_across(rng: np.random.Generator) -> None:
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    of_device = PartitionSpec("expert")
+    rows = jax.device_put(rng.normal(size=(4, 4)), NamedSharding(mesh, of_device))  # from, to
+    exchange = jax.shard_map(
+        lambda row: all_to_all(row[0], 2)[None], mesh=mesh, in_specs=of_device, out_specs=of_device
+    )
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(exchange).lower(rows)
+    assert re.findall(r"replica_groups = dense<(.*?)>", lowered.as_text()) == ["[[0, 1], [2, 3]]", "[[0, 2], [1, 3]]"]
+    np.testing.assert_array_equal(lowered.compile()(rows), np.asarray(rows).T)
+
+
 def test_flops_and_parameters_count_the_experts_of_a_token() -> None:
     cfg = replace(PLAIN, shared_hidden=9, shared_gate=True)
-    mlp = 2 * 3 * D * (3 * 10 + 9)
-    assert MoE.flops(cfg, CONTEXT) == 2 * D * X + mlp + 2 * D
-    assert MoE.idle_parameters(cfg, CONTEXT) == 3 * D * 10 * (X - 3)
+    router = ROUTERS.module_of(cfg.router).flops(cfg.router, X, CONTEXT)
+    mlp = GatedMLP.flops(config.SwiGLU(hidden=3 * 10 + 9), CONTEXT)
+    assert MoE.flops(cfg, CONTEXT) == router + mlp + 2 * D
+    experts = sum(math.prod(a.shape) for a in jax.tree.leaves(abstract(cfg)[1]["experts"]))
+    assert MoE.idle_parameters(cfg, CONTEXT) == experts * (X - 3) // X
