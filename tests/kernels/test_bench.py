@@ -286,6 +286,17 @@ def test_a_crash_of_the_compiler_is_reported_and_survived(monkeypatch: pytest.Mo
         assert isinstance(result, static_tpu.Failure) and "no_such_flag" in result.reason
 
 
+def test_what_runs_as_often_as_the_data_say_has_no_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loop of the program, and the grid of a kernel."""
+    pytest.importorskip("libtpu", reason="needs libtpu, which brings the TPU compiler: pip install 'hybridlm[tpu]'")
+    words = "grouped_matmul --device static-tpu:v5e --forward --dtype bfloat16 --shape 512,128,256,4"
+    words += " --impl pallas_tpu chunked megablox --out"
+    assert main([*words.split(), str(tmp_path / "r.jsonl")]) == 0
+    rows = record.read(tmp_path / "r.jsonl")
+    assert {row["impl"]: "ratio" in row for row in rows} == {"pallas_tpu": True, "chunked": False, "megablox": False}
+    assert capsys.readouterr().out.count("no estimate") == 2
+
+
 def test_a_compiler_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("libtpu", reason="needs libtpu, which brings the TPU compiler: pip install 'hybridlm[tpu]'")
     workload = Workload("linear_scan", "chunked", FORWARD, (1, 16, 128), "float32")

@@ -135,15 +135,17 @@ class OnAbsentTpu:
 
     def _numbers(self, report: static.Report) -> Row:
         ops = report.kernels or report.ops
-        return {
+        in_all = {
             "cycles": report.cycles,
             "estimate_cycles": report.estimate,
-            "floor_cycles": report.floor,
             "ratio": report.ratio,
             "estimate_ratio": report.estimate_ratio,
             "estimate_us": self.chip.microseconds(report.estimate),
             "hbm_bytes": report.hbm_bytes,
             "spills": sum(op.runs * op.spills for op in ops),
+        }
+        return ({} if report.is_partial else in_all) | {
+            "floor_cycles": report.floor,
             "vmem_mib": max(op.vmem_bytes for op in ops) / 2**20,
             "kernels": {op.name: {"cycles": op.cycles, "slots": _rounded(op.slots)} for op in report.kernels},
             "compile_s": report.compile_s,
@@ -151,10 +153,13 @@ class OnAbsentTpu:
         }
 
     def _line(self, report: static.Report) -> str:
-        lines = [
-            f"{report.workload} on {report.chip}: {report.cycles:.0f} cycles scheduled, {report.floor:.0f} at the "
-            f"floor: {report.ratio:.2f}; with the HBM traffic that it has {report.estimate_ratio:.2f}"
-        ]
+        numbers = f"{report.floor:.0f} cycles at the floor, "
+        if report.is_partial:
+            numbers += "no estimate, because loops run as often as the data say"
+        else:
+            numbers += f"{report.cycles:.0f} scheduled: {report.ratio:.2f}; with the HBM traffic that it has "
+            numbers += f"{report.estimate_ratio:.2f}"
+        lines = [f"{report.workload} on {report.chip}: {numbers}"]
         for op in report.kernels:
             slots = "".join(f" {name} {share:.0%}" for name, share in op.slots.items() if share >= 0.05)
             lines.append(

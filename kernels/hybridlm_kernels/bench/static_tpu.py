@@ -72,6 +72,9 @@ class Report:
     compile_s: float
     ops: tuple[OpCost, ...]
     notes: tuple[str, ...]
+    is_partial: bool
+    """A loop of the program, or of a kernel such as its grid, is counted once because its length is known at run time
+    alone: the numbers are too small by an unknown factor."""
 
     @property
     def ratio(self) -> float:
@@ -221,7 +224,8 @@ def _report(workload: Any, chip: Chip, mesh: Any, dumps: Path) -> Report | Failu
     compile_s = time.perf_counter() - start
     floor = workload.case.floor(workload.shape, workload.dtype, workload.which)
     (hlo,) = dumps.glob("*-TLP-hlo.txt")  # `compiled.as_text()` fails where jaxlib and libtpu differ in age
-    ops, notes = _costs(Program(hlo.read_text()), dumps)
+    program = Program(hlo.read_text())
+    ops, notes = _costs(program, dumps)
     traffic = sum(op.runs * op.hbm_bytes for op in ops)
     in_turn = sum(op.runs * _least_cycles(op, chip) for op in ops if op.opcode not in ASYNCHRONOUS)
     return Report(
@@ -234,6 +238,7 @@ def _report(workload: Any, chip: Chip, mesh: Any, dumps: Path) -> Report | Failu
         compile_s=compile_s,
         ops=tuple(ops),
         notes=tuple(notes),
+        is_partial=bool(program.unknown_loops) or any(op.opcode == "custom-call" and op.unknown_loops for op in ops),
     )
 
 
