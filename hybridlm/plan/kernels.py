@@ -65,7 +65,10 @@ def _training_features(bind: Any, params: Any, x: jax.Array, step: jax.Array, ke
 
 
 def kernels_at(topology: Topology | None) -> list[Row]:
-    """Every operation at 2560 channels, 16 heads of 128 or 16 experts of 2048 x 1024, for who has no config at hand."""
+    """Every operation, for who has no config at hand.
+
+    At 2560 channels, 16 heads of 128, 16 experts of 2048 x 1024, or a million rows of 512.
+    """
     x = jax.ShapeDtypeStruct((1, 4096, 2560), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     taps = jax.ShapeDtypeStruct((4, 2560), jnp.float32)
@@ -73,6 +76,8 @@ def kernels_at(topology: Topology | None) -> list[Row]:
     per_head = jax.ShapeDtypeStruct(heads.shape[:3], jnp.float32)
     rows = jax.ShapeDtypeStruct((16384, 2048), jnp.bfloat16)
     experts = jax.ShapeDtypeStruct((16, 2048, 1024), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((2**20, 4, 128), jnp.bfloat16)
+    indices = jax.ShapeDtypeStruct((4096, 64), jnp.int32)
     calls = {
         "linear_scan": (x, x),
         "rg_lru": (x, gate, gate),
@@ -80,6 +85,8 @@ def kernels_at(topology: Topology | None) -> list[Row]:
         "gated_linear_attention": (heads, heads, heads, per_head),
         "gated_delta_rule": (heads, heads, heads, per_head, per_head),
         "grouped_matmul": (rows, experts, jax.ShapeDtypeStruct((16,), jnp.int32)),
+        "memory_lookup": (table, indices, jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16)),
+        "memory_scores": (table, indices, jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16)),
     }
     scope = contextlib.nullcontext()
     if topology is not None:

@@ -28,10 +28,12 @@ PACKAGES = {
     "gated_linear_attention": "linear_attention",
     "gated_delta_rule": "linear_attention",
     "grouped_matmul": "grouped_matmul",
+    "memory_lookup": "memory_lookup",
+    "memory_scores": "memory_lookup",
 }
 """Where an operation lives; the modules `pallas_tpu` and `pallas_gpu` of its package are the kernels."""
 OPS = tuple(PACKAGES)
-WITHOUT_TIME = ("grouped_matmul",)
+WITHOUT_TIME = ("grouped_matmul", "memory_lookup", "memory_scores")
 """Operations whose operands have no time axis."""
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 NOT_YET_RUN = {"pallas_gpu": "is compiled and interpreted in tests but has not run on a GPU yet: ask for it by name"}

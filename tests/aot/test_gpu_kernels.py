@@ -1,4 +1,4 @@
-"""The GPU kernels compile for an H200 without spilling, at the shapes of griffin_1b and of a layer of experts."""
+"""The GPU kernels compile for an H200 without spilling, at the shapes of griffin_1b, of experts and of memories."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import pytest
 from hybridlm_kernels.bench import static_gpu
 from hybridlm_kernels.grouped_matmul import pallas_gpu as grouped_matmul
 from hybridlm_kernels.linear_scan import pallas_gpu as linear_scan
+from hybridlm_kernels.memory_lookup import pallas_gpu as memory_lookup
 from hybridlm_kernels.rg_lru import pallas_gpu as rg_lru
 from hybridlm_kernels.short_conv import pallas_gpu as short_conv
 from jax.sharding import NamedSharding, PartitionSpec
@@ -117,6 +118,22 @@ def test_grouped_products_need_little_memory_beyond_operands_and_results() -> No
         compiled = jax.jit(train).lower(x, w, dy, Struct((num_groups,), jnp.int32, sharding=replicated)).compile()
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < 2**20
+
+
+@pytest.mark.parametrize(("width", "table_dtype"), [(512, "bfloat16"), (512, "float32"), (768, "bfloat16")])
+def test_lookups_compile_without_spills(width: int, table_dtype: str) -> None:
+    t, k = 4096, 64
+    table, indices = Struct((2**20, width // 128, 128), jnp.dtype(table_dtype)), Struct((t, k), jnp.int32)
+    operands = [table, indices, float32(t, k), float32(t, width)]
+    for function, arguments in (
+        (memory_lookup.lookup, operands[:3]),
+        (memory_lookup.scores, [table, indices, operands[3]]),
+        (memory_lookup.gradients, operands),
+    ):
+        (kernel,) = static_gpu.analyze(function, arguments)
+        print(kernel)
+        assert kernel.spilled_bytes == 0, str(kernel)
+        assert kernel.per_multiprocessor >= 6, str(kernel)
 
 
 def test_a_program_without_kernels_is_an_error() -> None:

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hybridlm_kernels import gated_delta_rule, grouped_matmul, linear_scan, rg_lru, short_conv
+from hybridlm_kernels import (
+    gated_delta_rule,
+    grouped_matmul,
+    linear_scan,
+    memory_lookup,
+    memory_scores,
+    rg_lru,
+    short_conv,
+)
 from hybridlm_kernels.bench.cases import BOTH, FORWARD, Workload
 from hybridlm_kernels.bench.chips import CHIPS
 from hybridlm_kernels.bench.static_tpu import Failure, Report, analyze
@@ -243,3 +251,46 @@ def test_grouped_matmul_copies_no_operand(dtype: Any, monkeypatch: pytest.Monkey
     temporary = compiled.memory_analysis().temp_size_in_bytes
     print(f"{temporary} bytes of temporaries, where x takes {2 * m * k} and w {2 * g * k * n}")
     assert temporary < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("chip", "tiles", "dtype"),
+    [
+        ("v5e", 4, jnp.bfloat16),
+        *[pytest.param(chip, 4, jnp.bfloat16, marks=pytest.mark.slow) for chip in CHIPS if chip != "v5e"],
+        pytest.param("v5e", 1, jnp.float32, marks=pytest.mark.slow),
+        pytest.param("v5e", 8, jnp.float32, marks=pytest.mark.slow),
+        pytest.param("v6e", 2, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_lookups_copy_no_table(chip: str, tiles: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside operands and results there are lists of pairs and the vectors as tiles, and nothing of the table's size.
+    Rows lie in one piece, in the order of their numbers."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+    t, k, n = 1024, 64, 2**23 // tiles
+
+    def read(table: Any, indices: Any, weights: Any, x: Any) -> Any:
+        return (
+            memory_lookup(table, indices, weights, impl="pallas_tpu"),
+            memory_scores(table, indices, x, impl="pallas_tpu"),
+        )
+
+    def train(table: Any, indices: Any, weights: Any, dy: Any) -> Any:
+        return jax.vjp(lambda *x: memory_lookup(x[0], indices, x[1], impl="pallas_tpu"), table, weights)[1](dy)
+
+    with jax.set_mesh(mesh):
+        whole = NamedSharding(mesh, PartitionSpec())
+        shapes = [((n, tiles, 128), dtype), ((t, k), jnp.int32), ((t, k), jnp.float32)]
+        shapes.append(((t, tiles * 128), jnp.float32))
+        operands = [jax.ShapeDtypeStruct(shape, kind, sharding=whole) for shape, kind in shapes]
+        for function, kernels in ((read, 2), (train, 1)):
+            compiled = jax.jit(function).lower(*operands).compile()
+            text = compiled.as_text()
+            assert text.count('custom_call_target="tpu_custom_call"') == kernels
+            assert re.search(r"\[\d+,\d,128\]\{2,1,0:[^ ]* parameter\(0\)", text)
+            temporary = compiled.memory_analysis().temp_size_in_bytes
+            print(f"{chip} {tiles} tiles {np.dtype(dtype).name}: {temporary / 2**20:.2f} MiB of temporaries")
+            assert temporary < 64 * t * k + 8 * t * tiles * 128

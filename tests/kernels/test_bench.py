@@ -139,8 +139,8 @@ def test_a_loop_of_unknown_length_is_counted_and_reported() -> None:
     assert program.unknown_loops == 1
 
 
-SMALLEST = {"B,T,D": (2, 7, 3), "B,T,H,K,V": (2, 7, 2, 3, 5), "M,K,N,G": (7, 3, 2, 3)}
-ODD = {"B,T,D": (2, 37, 24), "B,T,H,K,V": (2, 70, 2, 8, 24), "M,K,N,G": (70, 24, 8, 5)}
+SMALLEST = {"B,T,D": (2, 7, 3), "B,T,H,K,V": (2, 7, 2, 3, 5), "M,K,N,G": (7, 3, 2, 3), "T,K,N,V": (2, 3, 4, 128)}
+ODD = {"B,T,D": (2, 37, 24), "B,T,H,K,V": (2, 70, 2, 8, 24), "M,K,N,G": (70, 24, 8, 5), "T,K,N,V": (37, 5, 70, 256)}
 
 
 def slope(function: Callable[..., np.ndarray], operands: list[np.ndarray], n: int, along: np.ndarray) -> np.ndarray:

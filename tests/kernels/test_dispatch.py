@@ -16,6 +16,8 @@ from hybridlm_kernels import (
     gated_linear_attention,
     grouped_matmul,
     linear_scan,
+    memory_lookup,
+    memory_scores,
     rg_lru,
     short_conv,
 )
@@ -27,6 +29,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
 W = X[0, :3]
 H0 = X[:, 0]
 IDS = jnp.ones((4, 9), jnp.int32)
+READ = jnp.array([[8, 0, 3], [2, 9, 2]])
 Q = X[:, :, None] / jnp.linalg.norm(X, axis=2)[:, :, None, None]  # one head, unit norm
 DECAY = -jax.nn.sigmoid(X[:, :, :1])
 
@@ -61,6 +64,8 @@ def calls(impl):
         "gated_linear_attention": lambda: gated_linear_attention(Q, Q, Q, DECAY, impl=impl),
         "gated_delta_rule": lambda: gated_delta_rule(Q, Q, Q, -DECAY, DECAY, impl=impl),
         "grouped_matmul": lambda: grouped_matmul(X[0], X[:, :8], jnp.array([4, 0, 5, 0]), impl=impl),
+        "memory_lookup": lambda: memory_lookup(X[0], READ, X[1, :2, :3], impl=impl),
+        "memory_scores": lambda: memory_scores(X[0], READ, X[1, :2], impl=impl),
     }
 
 
@@ -77,6 +82,7 @@ def abstract_operands(op, dtype):
     wide = jnp.promote_types(dtype, jnp.float32)
     heads = [jax.ShapeDtypeStruct((2, 1024, 4, 128), dtype)] * 3
     gate = jax.ShapeDtypeStruct((2, 1024, 4), wide)
+    rows_of_tiles = [jax.ShapeDtypeStruct((1024, 4, 128), dtype), jax.ShapeDtypeStruct((64, 8), jnp.int32)]
     return {
         "linear_scan": shapes(2, 1024, 256, dtype=dtype),
         "rg_lru": shapes(2, 1024, 256, dtype=dtype, num=3),
@@ -88,6 +94,8 @@ def abstract_operands(op, dtype):
             *shapes(4, 256, 128, dtype=dtype, num=1),
             *shapes(4, dtype=jnp.int32, num=1),
         ],
+        "memory_lookup": [*rows_of_tiles, *shapes(64, 8, dtype=dtype, num=1)],
+        "memory_scores": [*rows_of_tiles, *shapes(64, 512, dtype=dtype, num=1)],
     }[op]
 
 

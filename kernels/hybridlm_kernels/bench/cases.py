@@ -1,6 +1,7 @@
 """The operations that the bench knows: random operands, floors, oracle, implementations, peers. A new operation adds a
 `Case`. Letters: b batch, t time, d channels, w taps, h heads, k key dim, v value dim. Of
-`grouped_matmul`: m rows, k inputs, n outputs, g groups.
+`grouped_matmul`: m rows, k inputs, n outputs, g groups. Of `memory_lookup`: t tokens, k rows per token, n rows, v row
+width.
 """
 
 import dataclasses
@@ -44,6 +45,12 @@ GROUP_SHAPES: dict[str, list[Shape]] = {
     "gpu": [(131072, 2048, 1024, 64)],
     "tpu": [(131072, 2048, 1024, 8), (16384, 2048, 1024, 64)],
     "static": [(16384, 2048, 1024, 16), (16384, 2048, 1024, 64)],
+}
+LOOKUP_SHAPES: dict[str, list[Shape]] = {
+    "cpu": [(2048, 32, 65536, 512)],
+    "gpu": [(16384, 64, 1048576, 512)],
+    "tpu": [(4096, 64, 1048576, 512)],
+    "static": [(4096, 64, 1048576, 512)],
 }
 CHUNK = 64
 """Tokens of a chunk in the count of what the chunkwise form has to multiply."""
@@ -203,6 +210,30 @@ def _group_floors(shape: Shape, dtype: str) -> tuple[Floor, Floor]:
     return Floor((rows + weights) * size, flops, flops), backward
 
 
+def _lookup_operands(key: Array, shape: Shape, dtype: str) -> Operands:
+    t, k, n, v = shape
+    table, weights = _normal(key, (n, v // 128, 128), (t, k))
+    return table.astype(dtype), weights.astype(dtype)
+
+
+def row_indices(shape: Shape, num_rows: int) -> np.ndarray:
+    """[t, k], any row as likely as any other, so that no cache helps."""
+    return np.random.default_rng(0).integers(0, num_rows, shape, np.int32)
+
+
+def _read_at_run_time(table: Array, weights: Array) -> Array:
+    return jax.lax.optimization_barrier(jnp.asarray(row_indices(weights.shape, table.shape[0])))
+
+
+def _lookup_floors(shape: Shape, dtype: str) -> tuple[Floor, Floor]:
+    """Every pair's row, weights, indices -> y; each row that is used, weights, indices, dy -> dtable, dweights."""
+    t, k, n, v = shape
+    pairs, size = t * k, jnp.dtype(dtype).itemsize
+    forward = Floor((pairs * v + pairs + t * v) * size + 4 * pairs, 2 * pairs * v)
+    used = min(pairs, n)
+    return forward, Floor((used * v + n * v + 2 * pairs + t * v) * size + 4 * pairs, 4 * pairs * v)
+
+
 def _per_channel(streams: tuple[int, int], flops: tuple[int, int], shape: Shape, dtype: str) -> tuple[Floor, Floor]:
     """`streams` [b, t, d] arrays read and written and `flops` operations per element, each (forward, backward); a
     transcendental function counts as one."""
@@ -321,6 +352,25 @@ CASES = {
             dims="M,K,N,G",
             shapes=GROUP_SHAPES,
             cut=(700, 256, 128, 8),
+        ),
+        Case(
+            "memory_lookup",
+            _lookup_operands,
+            lambda table, weights, impl: kernels.memory_lookup(
+                table, _read_at_run_time(table, weights), weights, impl=impl
+            ),
+            lambda table, weights, dy: oracles.memory_lookup(
+                table, row_indices(weights.shape, len(table)), weights, dy
+            ),
+            _lookup_floors,
+            peers={
+                "take": lambda table, weights: peers.take(table, _read_at_run_time(table, weights), weights),
+                "neighbours": peers.neighbours,
+            },
+            yardsticks=("neighbours",),
+            dims="T,K,N,V",
+            shapes=LOOKUP_SHAPES,
+            cut=(200, 12, 3000, 256),
         ),
     )
 }

@@ -145,6 +145,17 @@ def linear_attention(
     return o, state, dq, dk, dv, None if beta is None else dbeta, dg if g.ndim == 4 else dg.sum(-1), slope
 
 
+def memory_lookup(table: Array, indices: Array, weights: Array, dy: Array) -> tuple[Array, tuple[Array, Array]]:
+    """y_t = sum_k w_tk table[i_tk], token by token. table [n, ...], indices and weights [t, k]"""
+    rows = table.reshape(len(table), -1)
+    y, dtable, dweights = np.zeros_like(dy), np.zeros_like(rows), np.zeros_like(weights)
+    for t, index in enumerate(indices):
+        y[t] = weights[t] @ rows[index]
+        dweights[t] = rows[index] @ dy[t]
+        np.add.at(dtable, index, np.outer(weights[t], dy[t]))
+    return y, (dtable.reshape(table.shape), dweights)
+
+
 def _read(key: Array, state: Array) -> Array:
     return np.einsum("bhk,bhkv->bhv", key, state)
 

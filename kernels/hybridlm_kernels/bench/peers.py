@@ -1,7 +1,8 @@
 """Other people's ways to compute what ours do, to time beside them.
 
 Letters: b batch, t time, d channels, w taps, h heads, n chunks, c chunk, k key dim, v value dim. Of
-`grouped_matmul`: m rows, k inputs, n outputs, g groups.
+`grouped_matmul`: m rows, k inputs, n outputs, g groups. Of `memory_lookup`: t tokens, k rows per token, n rows, v row
+width.
 """
 
 import importlib
@@ -150,3 +151,17 @@ def dense_matmul(x: Array, w: Array) -> Array:
     """All rows times the first matrix: as many operations as a grouped product has, and another result."""
     precision = "highest" if x.dtype == jnp.float32 else None
     return jnp.matmul(x, w[0], precision=precision)
+
+
+def take(table: Array, indices: Array, weights: Array) -> Array:
+    """memory_lookup as it is mostly written: all rows of all tokens, then their weighted sum."""
+    rows = table[indices].reshape(*indices.shape, -1)  # t k v
+    wide = jnp.result_type(weights.dtype, jnp.float32)
+    return jnp.einsum("tk,tkv->tv", weights, rows, preferred_element_type=wide).astype(weights.dtype)
+
+
+def neighbours(table: Array, weights: Array) -> Array:
+    """The weighted sums of rows that lie one after the other: a lookup that only streams."""
+    t, k = weights.shape
+    rows = table[: t * k].reshape(t, k, -1).astype(jnp.float32)
+    return jnp.sum(rows * weights.astype(jnp.float32)[..., None], axis=1).astype(weights.dtype)

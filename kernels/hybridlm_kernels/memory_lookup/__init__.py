@@ -1,0 +1,126 @@
+"""Reading a table of memory: weighted sums of chosen rows, and the inner products of chosen rows with a vector.
+
+The lookup of product-key memories (Lample et al. 2019, arXiv:1907.05242) and of their successors; with one row per
+token it is an embedding. Letters: t tokens, k rows per token, n rows, v row width, a tiles of a row, l lanes of a tile.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Float, Int
+
+from hybridlm_kernels.dispatch import Tier, check_operand, choose
+from hybridlm_kernels.jax_compat import align_varying
+
+Table = Float[Array, "n v"] | Float[Array, "n a l"]
+Residuals = tuple[Array, Array, Array, bool | None]
+"""table, indices, the third operand, and True where the table is differentiated, else None: what a pytree can tell."""
+
+
+def memory_lookup(
+    table: Table, indices: Int[Array, "t k"], weights: Float[Array, "t k"], *, impl: str = "auto"
+) -> Float[Array, "t v"]:
+    """y_t = sum_k w_tk table[i_tk].
+
+    A row of `table` is v numbers, or [a, l] with v = a l: TPUs read single rows of [n, a, 128] without a copy of the
+    table. An index outside [0, n) is a row of another device: it adds nothing, and the gradient of its weight is 0.
+
+    y has the dtype of `weights`; sums are of float32 (float64 with a float64 operand). Differentiable in `table` and
+    `weights`, reverse mode only. Both gradients come from one pass over the pairs (t, k) sorted by row, that of the
+    table in its own dtype, rounded once from the sums; where the table is not differentiated, as under
+    `jax.lax.stop_gradient`, the weights' gradient is `memory_scores` and no array of the table's size is made.
+
+    Every device reads the rows that it holds: with operands that are sharded, call it inside a `jax.shard_map`.
+    """
+    table, indices, weights = jnp.asarray(table), jnp.asarray(indices), jnp.asarray(weights)
+    _check_table(table, indices)
+    check_operand("weights", weights, indices.shape, "[tokens, rows per token], as indices,")
+    _check_whole(table=table, indices=indices, weights=weights)
+    tier = choose("memory_lookup", table, indices, weights, impl=impl)
+    return _lookup(*align_varying(table, indices.astype(jnp.int32), weights), tier)
+
+
+def memory_scores(
+    table: Table, indices: Int[Array, "t k"], x: Float[Array, "t v"], *, impl: str = "auto"
+) -> Float[Array, "t k"]:
+    """s_tk = table[i_tk] . x_t, and 0 where i_tk is outside [0, n): the transpose of `memory_lookup`, and like it.
+
+    s has the dtype of `x`. Differentiable in `table` and `x`, reverse mode only.
+    """
+    table, indices, x = jnp.asarray(table), jnp.asarray(indices), jnp.asarray(x)
+    _check_table(table, indices)
+    width = table.size // table.shape[0]
+    check_operand("x", x, (indices.shape[0], width), "[tokens, row width]")
+    _check_whole(table=table, indices=indices, x=x)
+    tier = choose("memory_scores", table, indices, x, impl=impl)
+    return _scores(*align_varying(table, indices.astype(jnp.int32), x), tier)
+
+
+def _check_table(table: Array, indices: Array) -> None:
+    """Raises ValueError that names the operand that is wrong or does not fit the other."""
+    if table.ndim not in (2, 3) or 0 in table.shape:
+        raise ValueError(f"table: shape {table.shape} must be [rows, width] or [rows, tiles, lanes], none of them 0")
+    check_operand("table", table, table.shape, "[rows, width]")
+    if indices.ndim != 2 or 0 in indices.shape:
+        raise ValueError(f"indices: shape {indices.shape} must be [tokens, rows per token], with at least one of each")
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(f"indices: dtype {indices.dtype.name} must be an integer type")
+
+
+def _check_whole(**operands: Array) -> None:
+    for name, array in operands.items():
+        if axes := [str(entry) for entry in jax.typeof(array).sharding.spec if entry is not None]:
+            raise ValueError(f"{name}: sharded over {', '.join(axes)}; call it inside a jax.shard_map")
+
+
+def _instantiated(cotangent: Array | SymbolicZero) -> Array:
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    like: Any = cotangent.aval
+    return jnp.zeros(like.shape, like.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _lookup(table: Array, indices: Array, weights: Array, tier: Tier) -> Array:
+    return tier.lookup(table, indices, weights)
+
+
+def _lookup_fwd(table: Any, indices: Any, weights: Any, tier: Tier) -> tuple[Array, Residuals]:
+    operands = table.value, indices.value, weights.value
+    return tier.lookup(*operands), (*operands, True if table.perturbed else None)
+
+
+def _lookup_bwd(tier: Tier, residuals: Residuals, dy: Array | SymbolicZero) -> tuple[Array | None, None, Array]:
+    table, indices, weights, table_is_differentiated = residuals
+    dy = _instantiated(dy)
+    if table_is_differentiated is None:
+        return None, None, tier.scores(table, indices, dy)
+    scores, dtable = tier.gradients(table, indices, weights, dy)
+    return dtable, None, scores
+
+
+_lookup.defvjp(_lookup_fwd, _lookup_bwd, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scores(table: Array, indices: Array, x: Array, tier: Tier) -> Array:
+    return tier.scores(table, indices, x)
+
+
+def _scores_fwd(table: Any, indices: Any, x: Any, tier: Tier) -> tuple[Array, Residuals]:
+    operands = table.value, indices.value, x.value
+    return tier.scores(*operands), (*operands, True if table.perturbed else None)
+
+
+def _scores_bwd(tier: Tier, residuals: Residuals, ds: Array | SymbolicZero) -> tuple[Array | None, None, Array]:
+    table, indices, x, table_is_differentiated = residuals
+    ds = _instantiated(ds)
+    dx = tier.lookup(table, indices, ds)
+    return None if table_is_differentiated is None else tier.gradients(table, indices, ds, x)[1], None, dx
+
+
+_scores.defvjp(_scores_fwd, _scores_bwd, symbolic_zeros=True)
