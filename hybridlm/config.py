@@ -28,6 +28,13 @@ from hybridlm.config_ffns import GeGLU as GeGLU
 from hybridlm.config_ffns import MoE as MoE
 from hybridlm.config_ffns import ReGLU as ReGLU
 from hybridlm.config_ffns import SwiGLU as SwiGLU
+from hybridlm.config_memory import PEER as PEER
+from hybridlm.config_memory import AddHeld as AddHeld
+from hybridlm.config_memory import Beside as Beside
+from hybridlm.config_memory import Memory as Memory
+from hybridlm.config_memory import MemoryPlus as MemoryPlus
+from hybridlm.config_memory import ProductKeyMemory as ProductKeyMemory
+from hybridlm.config_memory import UltraMem as UltraMem
 from hybridlm.config_mixers import HGRN2 as HGRN2
 from hybridlm.config_mixers import RGLRU as RGLRU
 from hybridlm.config_mixers import Attention as Attention
@@ -57,6 +64,9 @@ from hybridlm.config_routers import RecurrentGate as RecurrentGate
 from hybridlm.config_routers import Router as Router
 from hybridlm.config_routers import Switch as Switch
 from hybridlm.config_routers import TopK as TopK
+from hybridlm.config_tables import RowAdagrad as RowAdagrad
+from hybridlm.config_tables import RowAdam as RowAdam
+from hybridlm.config_tables import TableOptimizer as TableOptimizer
 
 
 class Optimizer(Node):
@@ -65,6 +75,7 @@ class Optimizer(Node):
     peak_lr: float
     weight_decay: float
     schedule: "Schedule"
+    tables: TableOptimizer | None = None
 
 
 class Schedule(Node):
@@ -116,6 +127,7 @@ class Model(Node):
                         f"={mixer.num_heads}: model.width={self.width} must divide by it, or set head_dim",
                     )
         self._check_routers()
+        self._check_held()
 
     def _check_routers(self) -> None:
         kinds = {(block.ffn.router, block.ffn.num_experts) for block in self.blocks() if isinstance(block.ffn, MoE)}
@@ -128,6 +140,18 @@ class Model(Node):
                         router.check_stack(tuple(kinds), layers)
                     except ConfigError as error:
                         raise error.under(f"{name}.{i}.ffn.router") from None
+
+    def _check_held(self) -> None:
+        held = False
+        for i, block in enumerate(self.blocks()):
+            reads = isinstance(block.ffn, Beside) and block.ffn.held
+            if held and reads:
+                raise ConfigError("pattern", f": layer {i} reads while what was read before waits for an AddHeld")
+            if not held and isinstance(block.ffn, AddHeld):
+                raise ConfigError("pattern", f": layer {i} has AddHeld, but no Beside with held=True comes before it")
+            held = reads or held and not isinstance(block.ffn, AddHeld)
+        if held:
+            raise ConfigError("pattern", ": what the last Beside with held=True reads is added nowhere; add an AddHeld")
 
     def blocks(self) -> list[Block]:
         """Every block in order, the pattern repeated."""
@@ -188,6 +212,8 @@ class AdamW(Optimizer):
     clip_norm: PositiveFloat | None = 1.0
     router_bias_rate: NonNegativeFloat = 0.001
     """By how much a step raises or lowers the biases of routers with `bias_balance`."""
+    tables: TableOptimizer | None = RowAdam()
+    """The rule for the tables of memory layers, which weight decay and `clip_norm` leave alone."""
     schedule: Schedule = Cosine()
 
 
@@ -244,7 +270,7 @@ class Mesh(Node):
     fsdp: MeshSize = 1
     """Batch, and parameters sharded (ZeRO-3)."""
     expert: MeshSize = 1
-    """Batch, experts, and the other parameters sharded as by fsdp."""
+    """Batch, experts, columns of memories' tables, and the other parameters sharded as by fsdp."""
     tensor: MeshSize = 1
     """Heads, channels and vocabulary."""
 
@@ -276,6 +302,7 @@ class Kernels(Node):
     gated_linear_attention: Tier = "auto"
     gated_delta_rule: Tier = "auto"
     grouped_matmul: Tier = "auto"
+    memory_lookup: Tier = "auto"
     check_values: bool = False
     """Stop where a log decay is positive or a beta outside [0, 2]. For debugging: every step reads them once more."""
 

@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules from config, as optax transformations."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import optax
 
 from hybridlm import config
 from hybridlm.config_check import ConfigError
+
+RUNNING, RUNNING_RATE = ("running_mean", "running_variance"), 0.1
+"""Statistics of batches that are kept for use outside training, and the weight of a step's in them."""
 
 
 def make_schedule(optimizer: config.Optimizer, steps: int) -> Callable[[Any], Any]:
@@ -53,7 +57,11 @@ def make_adamw(optimizer: config.AdamW, schedule: Callable[[Any], Any]) -> optax
         adamw = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
     balance = optax.chain(optax.scale_by_sign(), optax.scale(-optimizer.router_bias_rate))
     # Masked, so that their state and the norm that gradients are clipped by are of derivatives alone.
-    return optax.chain(optax.masked(adamw, is_derivative), optax.masked(balance, is_balance_bias))
+    return optax.chain(
+        optax.masked(adamw, has_derivative),
+        optax.masked(balance, named("balance_bias")),
+        optax.masked(optax.scale(-RUNNING_RATE), named(*RUNNING)),
+    )
 
 
 OPTIMIZERS: dict[type[config.Optimizer], Callable[..., optax.GradientTransformation]] = {config.AdamW: make_adamw}
@@ -85,13 +93,18 @@ def decayed(params: Any) -> Any:
 
 
 def derivatives(grads: Any) -> Any:
-    """`grads` with zeros for what is none: a router's `balance_bias` gets the excess of its experts' loads instead."""
-    return jax.tree.map(lambda g, keep: g if keep else jnp.zeros_like(g), grads, is_derivative(grads))
+    """`grads` with zeros for what is none.
+
+    A router's `balance_bias` gets the excess of its experts' loads instead, and running statistics get by how much they
+    exceed those of the batch.
+    """
+    return jax.tree.map(lambda g, keep: g if keep else jnp.zeros_like(g), grads, has_derivative(grads))
 
 
-def is_balance_bias(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) == "balance_bias", params)
+def named(*names: str) -> Callable[[Any], Any]:
+    """Tells which parameters have one of these names."""
+    return partial(jax.tree_util.tree_map_with_path, lambda path, _: str(path[-1].key) in names)
 
 
-def is_derivative(params: Any) -> Any:
-    return jax.tree.map(lambda is_bias: not is_bias, is_balance_bias(params))
+def has_derivative(params: Any) -> Any:
+    return jax.tree.map(lambda is_statistic: not is_statistic, named("balance_bias", *RUNNING)(params))

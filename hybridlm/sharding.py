@@ -32,6 +32,12 @@ RULES: dict[str, tuple[str, ...]] = {
     # Rows over all axes and whole embeddings: a table sharded over `embed` too makes XLA copy it whole on lookup.
     "vocab": ("fsdp", "expert", "tensor"),
     "logits": ("tensor",),
+    "replicas": ("data",),
+    # Of memories' tables, by how they are spread.
+    "table_rows": ("fsdp", "expert"),
+    "table_columns": ("fsdp", "expert"),
+    "grid_rows": ("fsdp",),
+    "grid_columns": ("expert",),
 }
 
 

@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from hybridlm import config
 from hybridlm.mixers.base import Carry, Context, Segments
+from hybridlm.registry import Registry
+
+FFNS: Registry[config.FFN] = Registry("ffn")
 
 Aux = dict[str, Array]
 """Scalars by name. Those whose names end in `_loss` are summed over layers and added to the training loss."""
+
+RECORDED = "recorded/"
+"""What the names of aux values begin with that are no metrics, but what tables' gradients are made from."""
 
 
 class Pass(NamedTuple):
@@ -24,6 +31,9 @@ class Pass(NamedTuple):
     """Modules that layers share, by the names that `FFN.shared` gives them."""
     layer: Int[Array, ""] | int = 0
     """Of the layer that reads it."""
+    taps: Any = None
+    """Zeros that the layer adds to what its tables answer, by the tables' names; absent where tables are differentiated
+    like other parameters. The stack is given those of all layers, as `Stack.taps` makes them."""
 
     @property
     def training(self) -> bool:
@@ -45,7 +55,8 @@ class FFN(Protocol):
     """A channel mixer.
 
     A class may also have `init_carry(cfg, context, batch, length) -> Carry`, what the first layer finds in the carry,
-    `shared(cfg, context, rngs) -> dict[str, nnx.Module]`, parameters that are the same in all layers, and
+    `shared(cfg, context, rngs) -> dict[str, nnx.Module]`, parameters that are the same in all layers,
+    `taps(cfg, context, batch, length) -> dict[str, Array]`, those of its tables, and
     `idle_parameters(cfg, context) -> int`, how many a token does not use.
     """
 

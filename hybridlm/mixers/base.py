@@ -38,6 +38,8 @@ class Context:
     dtype: Any
     """Of activations."""
     kernels: config.Kernels
+    ffns: tuple[config.FFN | None, ...] = ()
+    """Of all layers in order."""
 
 
 class Mixer(Protocol):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from hybridlm import config
 from hybridlm.ffns import FFNS
-from hybridlm.ffns.base import Aux, Pass
+from hybridlm.ffns.base import Pass
 from hybridlm.layers import RMSNorm, fan_in_normal
 from hybridlm.mixers.base import Context, Segments, document_positions
 from hybridlm.model.stack import Stack
@@ -63,17 +63,19 @@ class LM(nnx.Module):
         stack_state: Any = None,
         step: Int[Array, ""] | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "b t d"], Any, Aux]:
+        taps: Any = None,
+    ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
         """What the head reads, the stack's new state, and the blocks' losses and metrics.
 
         `step` is that of the schedules within the model, which are at their end where it is absent; `key` is of the
-        noise of training, and absent elsewhere. Aux values are vectors over the layers that report them.
+        noise of training, and absent elsewhere. Aux values are vectors over the layers that report them. With `taps`
+        (see `taps`) tables are not differentiated, and `aux["recorded"]` holds what their gradients are made from.
         """
         x = self.embedding[...].at[tokens].get(out_sharding=out_sharding("batch", None, None))
         x = x.astype(self.context.dtype)
         if self.cfg.scale_embedding:
             x = x * jnp.asarray(self.cfg.width**0.5, x.dtype)
-        given = Pass(tokens, step, key, dict(self.shared))
+        given = Pass(tokens, step, key, dict(self.shared), taps=taps)
         carry = self._of_ffns("init_carry", *tokens.shape)
         with check_values() if self.context.kernels.check_values else contextlib.nullcontext():
             x, stack_state, _, aux = self.stack(x, segments, stack_state, carry, given)
@@ -100,6 +102,10 @@ class LM(nnx.Module):
         cap = self.cfg.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)
 
+    def taps(self, batch: int, length: int) -> Any:
+        """Zeros that are added to what tables answer, for each layer; for `features`."""
+        return self.stack.taps(batch, length)
+
     def init_state(self, batch: int, length: int) -> LMState:
         """The state before the first of up to `length` tokens (full attention keeps them all; others do not grow)."""
         zeros = constrain(jnp.zeros((batch,), jnp.int32), "batch")
@@ -110,7 +116,8 @@ def make_context(cfg: config.Model, kernels: config.Kernels) -> Context:
     """`dtype="auto"` is bfloat16, on CPU float32."""
     auto = "float32" if target_of().platform == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if cfg.dtype == "auto" else cfg.dtype)
-    return Context(width=cfg.width, num_layers=cfg.num_layers, norm_eps=cfg.norm_eps, dtype=dtype, kernels=kernels)
+    ffns = tuple(block.ffn for block in cfg.blocks())
+    return Context(cfg.width, cfg.num_layers, cfg.norm_eps, dtype, kernels, ffns)
 
 
 def continue_documents(segments: Segments, state: LMState) -> Segments:

@@ -3,6 +3,7 @@
 Compile time does not grow with the number of repeats. Letters: b batch, t time, d model width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from hybridlm import config
 from hybridlm.ffns import FFNS
-from hybridlm.ffns.base import Aux, Pass
+from hybridlm.ffns.base import RECORDED, Aux, Pass
 from hybridlm.layers import RMSNorm
 from hybridlm.mixers import MIXERS
 from hybridlm.mixers.base import Carry, Context, Segments, State
@@ -33,6 +34,7 @@ class Block(nnx.Module):
     """x += mixer(norm(x)); x += ffn(norm(x))."""
 
     def __init__(self, cfg: config.Block, context: Context, rngs: nnx.Rngs):
+        self.cfg, self.context = cfg, context
         self.mixer_norm = RMSNorm(rngs, context.width, context.norm_eps)
         self.mixer = MIXERS.module_of(cfg.mixer)(cfg.mixer, context, rngs)
         if cfg.ffn is not None:
@@ -50,6 +52,11 @@ class Block(nnx.Module):
             return x, state, carry, {}
         y, aux, carry = self.ffn(self.ffn_norm(x), segments, carry, given)
         return x + checkpoint_name(y, BLOCK_OUTPUT), state, carry, aux
+
+    def taps(self, batch: int, length: int) -> Any:
+        """Zeros for what the FFN reads from tables (see `Pass.taps`); None where it reads none."""
+        make = None if self.cfg.ffn is None else getattr(FFNS.module_of(self.cfg.ffn), "taps", None)
+        return make(self.cfg.ffn, self.context, batch, length) if make else None
 
 
 class Stack(nnx.Module):
@@ -70,64 +77,78 @@ class Stack(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], segments: Segments, state: StackState | None, carry: Carry, given: Pass
-    ) -> tuple[Float[Array, "b t d"], StackState | None, Carry, Aux]:
-        """`state` None is training. Aux values are vectors over the layers that report them, in order."""
+    ) -> tuple[Float[Array, "b t d"], StackState | None, Carry, dict[str, Any]]:
+        """`state` None is training. Aux values are vectors over the layers that report them, in order.
+
+        With `given.taps`, what the FFNs recorded for their tables' gradients is `aux["recorded"]`, in the taps' form.
+        """
         run = _apply_block
         if self.cfg.remat != "none" and state is None:
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.cfg.remat])
         reports: list[dict[str, Array]] = []
         new_state: StackState = {}
+        recorded: dict[str, Any] = {}
         layer = 0
 
         def run_all(
-            blocks: Any, x: Array, states: Any, carry: Carry, first: Array | int
-        ) -> tuple[Array, list[Any], Carry, Aux]:
-            new_states, reported = [], []
-            for i, (block, block_state) in enumerate(zip(blocks, states, strict=True)):
-                x, block_state, carry, aux = run(
-                    block, x, segments, block_state, carry, given._replace(layer=first + i)
-                )
+            blocks: Any, x: Array, states: Any, taps: Any, carry: Carry, first: Array | int
+        ) -> tuple[Array, list[Any], list[Any], Carry, Aux]:
+            new_states, records, reported = [], [], []
+            of_blocks = ([None] * len(blocks) if of_all is None else of_all for of_all in (states, taps))
+            for i, (block, block_state, block_taps) in enumerate(zip(blocks, *of_blocks, strict=True)):
+                given_block = given._replace(layer=first + i, taps=block_taps)
+                x, block_state, carry, aux = run(block, x, segments, block_state, carry, given_block)
                 new_states.append(block_state)
+                records.append({name: aux.pop(name) for name in list(aux) if name.startswith(RECORDED)} or None)
                 reported.append(aux)
-            return x, new_states, carry, _in_order(reported)
+            return x, new_states, records, carry, _in_order(reported)
 
         def run_part(name: str, x: Array, carry: Carry) -> tuple[Array, Carry]:
             nonlocal layer
             blocks = getattr(self, name)
-            states = [None] * len(blocks) if state is None else state[name]
-            x, new_state[name], carry, aux = run_all(blocks, x, states, carry, layer)
+            states, taps = (None if of_all is None else of_all[name] for of_all in (state, given.taps))
+            x, new_state[name], recorded[name], carry, aux = run_all(blocks, x, states, taps, carry, layer)
             reports.append(aux)
             layer += len(blocks)
             return x, carry
 
-        def repeat(loop: tuple[Array, Carry], xs: tuple[Any, Any, Array]) -> tuple[tuple[Array, Carry], Any]:
-            blocks, states, first = xs
-            states = [None] * len(blocks) if states is None else states
-            y, new_states, carry, aux = run_all(blocks, loop[0], states, loop[1], first)
-            return (y, carry), (new_states, aux)
+        def repeat(loop: tuple[Array, Carry], xs: tuple[Any, Any, Any, Array]) -> tuple[tuple[Array, Carry], Any]:
+            blocks, states, taps, first = xs
+            y, new_states, records, carry, aux = run_all(blocks, loop[0], states, taps, loop[1], first)
+            return (y, carry), (new_states, records, aux)
 
         x, carry = run_part("prologue", x, carry)
         if self.num_repeats:
             firsts = layer + len(self.cfg.pattern) * jnp.arange(self.num_repeats)
-            xs = (self.repeats, None if state is None else state["repeats"], firsts)
-            (x, carry), (new_state["repeats"], aux) = jax.lax.scan(repeat, (x, carry), xs)
+            states, taps = (None if of_all is None else of_all["repeats"] for of_all in (state, given.taps))
+            (x, carry), (new_state["repeats"], recorded["repeats"], aux) = jax.lax.scan(
+                repeat, (x, carry), (self.repeats, states, taps, firsts)
+            )
             reports.append({name: values.reshape(-1, *values.shape[2:]) for name, values in aux.items()})
             layer += len(self.cfg.pattern) * self.num_repeats
         x, carry = run_part("tail", x, carry)
         x, carry = run_part("epilogue", x, carry)
-        aux = {name: jnp.concatenate(values) for name, values in _by_name(reports).items()}
+        aux: dict[str, Any] = {name: jnp.concatenate(values) for name, values in _by_name(reports).items()}
+        if given.taps is not None:
+            aux["recorded"] = recorded
         return x, None if state is None else new_state, carry, aux
 
     def init_state(self, batch: int, length: int) -> StackState:
         """Empty states of all mixers, for up to `length` tokens."""
+        return self._of_blocks(lambda block: block.mixer.init_state(batch, length))
 
-        def part(blocks: Any) -> list[State]:
-            return [block.mixer.init_state(batch, length) for block in blocks]
+    def taps(self, batch: int, length: int) -> StackState:
+        """Zeros for what all blocks read from tables (see `Pass.taps`), in the form of a state."""
+        return self._of_blocks(lambda block: block.taps(batch, length))
 
-        state: StackState = {name: part(getattr(self, name)) for name in ("prologue", "tail", "epilogue")}
+    def _of_blocks(self, make: Callable[[Block], Any]) -> StackState:
+        def part(blocks: Any) -> list[Any]:
+            return [make(block) for block in blocks]
+
+        made: StackState = {name: part(getattr(self, name)) for name in ("prologue", "tail", "epilogue")}
         if self.num_repeats:
-            state["repeats"] = jax.vmap(lambda blocks: part(blocks))(self.repeats)
-        return state
+            made["repeats"] = jax.vmap(lambda blocks: part(blocks))(self.repeats)
+        return made
 
 
 def _apply_block(

@@ -14,7 +14,8 @@ from orbax.checkpoint import v1 as ocp
 from hybridlm.config_check import ConfigError
 from hybridlm.train.step import TrainState
 
-FORMAT = 1
+FORMAT = 2
+"""Of the training state. Parameters alone can be read from checkpoints of other formats too."""
 # Orbax takes any directory named by a number for a checkpoint; these files it writes before the commit.
 PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data", "config")
 
@@ -79,8 +80,18 @@ class Checkpoints:
             raise OSError(f"the checkpoint of step {self._step} could not be saved; {whole}: {reason}") from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The latest state, laid out like `abstract` (shapes, dtypes and shardings), and its data position."""
+        """The latest state, laid out like `abstract` (shapes, dtypes and shardings), and its data position.
+
+        Raises ConfigError where another version of the program wrote it in another format.
+        """
         step = self.latest_step()
+        written = self._checkpointer.load_checkpointables(step, {"config": None})["config"]["format"]
+        if written != FORMAT:
+            raise ConfigError(
+                str(self.directory / str(step)),
+                f": was written in format {written}, and this version goes on from format {FORMAT}; go on with the "
+                "version that began it (evaluation and generation can read it as it is)",
+            )
         loaded = self._checkpointer.load_checkpointables(step, {"state": abstract, "data": None})
         return loaded["state"], loaded["data"]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import config_io
@@ -25,7 +24,7 @@ from hybridlm.sharding import check_batch, make_mesh
 from hybridlm.train import directory as run_directory
 from hybridlm.train.checkpoint import Checkpoints, abstract_state
 from hybridlm.train.loop import check_vocabulary
-from hybridlm.train.step import TrainState
+from hybridlm.train.step import first_state
 
 ORIGIN = "origin.json"
 """In the directory of a derived run: the command that made it, the run it was made from, and that run's step."""
@@ -133,8 +132,8 @@ def write_run(
         with jax.set_mesh(mesh):
             layout = abstract_state(lambda: init(jax.random.key(0)), mesh)
             params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, layout)
-            zero = jnp.zeros((), jnp.int32)
-            state = TrainState(zero, params, jax.jit(optimizer.init)(params), zero, zero)
+            begin = jax.jit(lambda params: first_state(params, optimizer, config.optimizer.tables), donate_argnums=0)
+            state = begin(params)
             run_directory.prepare(config, partial, fresh=True)
             config_io.dump_json(config, partial / "config.json")
             (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")

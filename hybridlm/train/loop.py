@@ -18,6 +18,7 @@ from hybridlm.model import build
 from hybridlm.optim import make_optimizer
 from hybridlm.sharding import check_batch, make_mesh, spec
 from hybridlm.train import directory as run_directory
+from hybridlm.train.capacity import check_fits
 from hybridlm.train.checkpoint import Checkpoints, abstract_state
 from hybridlm.train.clock import StepClock
 from hybridlm.train.held_out import evaluate, make_eval_step
@@ -53,7 +54,10 @@ def _run(
     total, batch_size = config.train.steps, config.train.batch_size
     init, bind = build(config.model, config.kernels)
     optimizer, schedule = make_optimizer(config.optimizer, total)
-    make_state = partial(init_state, init, optimizer, config.train.seed)
+    tables = config.optimizer.tables
+    make_state = partial(init_state, init, optimizer, config.train.seed, tables)
+    abstract = abstract_state(make_state, mesh)
+    check_fits(abstract, mesh)
     rows = jax.NamedSharding(mesh, spec("batch"))
     batches = Batches(
         corpus.train, batch_size=batch_size, seed=config.train.seed, sharding=rows, prefetch=config.data.prefetch
@@ -61,7 +65,7 @@ def _run(
     if checkpoints.latest_step() is None:
         state = jax.jit(make_state)()
     else:
-        state, data = checkpoints.restore(abstract_state(make_state, mesh))
+        state, data = checkpoints.restore(abstract)
         if data["corpus"] != corpus.fingerprint:
             raise ConfigError("data", f": {directory} was trained on other text or with another tokenizer")
         batches.set_state(data["batches"])
@@ -86,7 +90,7 @@ def _run(
         if first_step >= total:
             log.say(f"finished already: step {first_step} of {total}; a larger --train.steps goes on from there")
         eval_step = make_eval_step(bind)
-        train_step = make_train_step(bind, optimizer, schedule, config.train)
+        train_step = make_train_step(bind, optimizer, schedule, config.train, tables)
         if first_step < total:
             started = time.monotonic()
             train_step = train_step.lower(state, abstract_batch(corpus, batch_size, rows)).compile()

@@ -109,7 +109,7 @@ def collectives(compiled: Any) -> str:
     count, size = Counter(), Counter()
     for types, kind in COLLECTIVE.findall(text):
         count[kind] += 1
-        size[kind] += array_bytes(types)
+        size[kind] += array_bytes(types.replace("S(1)", ""))  # kept in VMEM or not, it has travelled
     return ", ".join(f"{number} {kind} {size[kind] / 1e6:.0f} MB" for kind, number in sorted(count.items()))
 
 

@@ -44,20 +44,37 @@ ACTIVATIONS = {
 @functools.cache
 def abstract_module(cfg: config.FFN, context: Context = CONTEXT) -> tuple[Any, Any]:
     """Its definition, and abstract parameters as nested dicts."""
-    module = FFNS.module_of(cfg)
-    graphdef, state = nnx.split(jax.eval_shape(lambda: module(cfg, context, nnx.Rngs(params=jax.random.key(0)))))
+    graphdef, state = nnx.split(jax.eval_shape(lambda: Alone(cfg, context, nnx.Rngs(params=jax.random.key(0)))))
     return graphdef, nnx.to_pure_dict(state)
+
+
+class Alone(nnx.Module):
+    """An FFN with what a model has for all layers of its kind."""
+
+    def __init__(self, cfg: config.FFN, context: Context, rngs: nnx.Rngs):
+        module = FFNS.module_of(cfg)
+        self.ffn = module(cfg, context, rngs)
+        self.shared = nnx.Dict(module.shared(cfg, context, rngs) if hasattr(module, "shared") else {})
+        self.init_carry = functools.partial(getattr(module, "init_carry", lambda *_: {}), cfg, context)
+
+    def __call__(self, x: jax.Array, segments: Segments) -> tuple[jax.Array, dict[str, jax.Array]]:
+        given = Pass(jnp.zeros(x.shape[:2], jnp.int32), shared=dict(self.shared))
+        return self.ffn(x, segments, self.init_carry(*x.shape[:2]), given)[:2]
 
 
 @functools.cache
 def compiled(cfg: config.FFN) -> Any:
     """(params, x, segments) -> (y, aux), jitted."""
     graphdef, _ = abstract_module(cfg)
-    return jax.jit(lambda params, x, segments: nnx.merge(graphdef, params)(x, segments, {}, given(x))[:2])
+    return jax.jit(lambda params, x, segments: nnx.merge(graphdef, params)(x, segments))
 
 
 def random_params(cfg: config.FFN, rng: np.random.Generator) -> Any:
-    return jax.tree.map(lambda a: 0.2 * rng.standard_normal(a.shape).astype(np.float32), abstract_module(cfg)[1])
+    def draw(path: tuple[Any, ...], a: Any) -> np.ndarray:
+        drawn = 0.2 * rng.standard_normal(a.shape).astype(np.float32)
+        return 1 + np.abs(drawn) if path[-1].key == "running_variance" else drawn
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_module(cfg)[1])
 
 
 @examples
@@ -85,7 +102,7 @@ def test_gated_mlp_equals_its_formula(cfg: config.FFN, rng: np.random.Generator)
         pytest.skip("has an oracle of its own")
     params, x = random_params(cfg, rng), inputs(rng)
     y, aux = compiled(cfg)(params, x, segments())
-    p, z = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+    p, z = jax.tree.map(lambda a: np.asarray(a, np.float64), (params["ffn"], x))
 
     def linear(name: str, z: np.ndarray) -> np.ndarray:
         return z @ p[name]["w"] + (p[name]["b"] if cfg.bias else 0.0)
@@ -105,7 +122,7 @@ def test_sharded_equals_unsharded(cfg: config.FFN, rng: np.random.Generator, sha
 
     def gradients(graphdef: Any, params: Any, x: Any, segments: Segments, cotangent: Any) -> Any:
         def objective(params: Any, x: Any) -> Any:
-            y = nnx.merge(graphdef, params)(x, segments, {}, given(x))[0]
+            y = nnx.merge(graphdef, params)(x, segments)[0]
             return jnp.sum(y * cotangent), y
 
         return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, x)
@@ -134,7 +151,7 @@ def test_flops_are_those_that_xla_counts(cfg: config.FFN) -> None:
     x = jax.ShapeDtypeStruct((B, T, 512), jnp.float32)
 
     def forward(params: Any, x: Any, segments: Segments) -> Any:
-        return nnx.merge(graphdef, params)(x, segments, {}, given(x))[0]
+        return nnx.merge(graphdef, params)(x, segments)[0]
 
     cost = jax.jit(forward).lower(params, x, segments()).compile().cost_analysis()
     context = Context(**{**vars(CONTEXT), "width": 512})
@@ -143,10 +160,6 @@ def test_flops_are_those_that_xla_counts(cfg: config.FFN) -> None:
 
 def inputs(rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((B, T, D)).astype(np.float32)
-
-
-def given(x: Any) -> Pass:
-    return Pass(jnp.zeros(x.shape[:2], jnp.int32))
 
 
 def segments() -> Segments:

@@ -28,7 +28,7 @@ from hybridlm.train.step import TrainState
 def small_state(step: int) -> TrainState:
     count = jnp.asarray(step, jnp.int32)
     params = {"w": jnp.arange(6.0).reshape(2, 3) * step, "blocks": [{"b": jnp.full(5, 0.5)}, {"b": jnp.ones(5)}]}
-    return TrainState(count, params, (jax.tree.map(jnp.zeros_like, params), ()), count, count)
+    return TrainState(count, params, (jax.tree.map(jnp.zeros_like, params), ()), count, count, {})
 
 
 def abstract(state: Any) -> Any:
@@ -48,7 +48,7 @@ def test_state_and_data_position_come_back_exactly(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, state, small_state(7))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["5", "7"]
     config = next(tmp_path.glob("7/config/*.json"))
-    assert json.loads(config.read_text()) == {"width": 4, "format": 1}
+    assert json.loads(config.read_text()) == {"width": 4, "format": 2}
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
@@ -93,6 +93,18 @@ def test_parameters_are_read_without_the_optimizer(trained_run: Path, tiny_confi
     assert jax.tree.structure(params) == jax.tree.structure(wanted)
     assert params["embedding"].shape == (264, 16)
     assert params["embedding"].devices() == {jax.devices()[0]}
+
+
+def test_another_format_is_refused_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr("hybridlm.train.checkpoint.FORMAT", 1)
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(3, small_state(3), {}, {})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(ConfigError, match="3: was written in format 1, and this version goes on from format 2"):
+            checkpoints.restore(small_state(3))
+        params = checkpoints.restore_params(small_state(3).params)
+    np.testing.assert_array_equal(params["w"], small_state(3).params["w"])
 
 
 def test_parameters_of_other_shapes_are_refused_clearly(trained_run: Path, tiny_config: Config) -> None:

@@ -176,9 +176,9 @@ def test_aux_losses_add_up_over_layers_and_weigh_as_their_tokens(monkeypatch: py
     features = LM.features
 
     def with_aux(self: LM, tokens: Any, segments: Segments, **told: Any) -> Any:
-        x, state, _ = features(self, tokens, segments, **told)
+        x, state, aux = features(self, tokens, segments, **told)
         losses = jnp.stack([jnp.mean(jnp.square(x)), jnp.mean(jnp.sin(x))])
-        return x, state, {"balance_loss": losses, "load": jnp.array([2.0, 4.0])}
+        return x, state, aux | {"balance_loss": losses, "load": jnp.array([2.0, 4.0])}
 
     def objective(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         total = plain_objective(params, batch, 0.0)
