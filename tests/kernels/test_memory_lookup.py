@@ -221,6 +221,14 @@ def test_sorted_pairs_keep_the_order_of_equal_rows_and_go_back():
     assert in_order_of_pairs(pairs.row, pairs, (3, 2)).tolist() == [[4, 5], [0, 4], [5, 0]]
 
 
+def test_tokens_may_have_several_axes(rng):
+    table, indices, weights, vectors = operands(rng, "some rows are elsewhere")
+    shaped = [a[:40].reshape(5, 8, -1) for a in (indices, weights, vectors)]
+    y, s = memory_lookup(table, *shaped[:2]), memory_scores(table, shaped[0], shaped[2])
+    np.testing.assert_array_equal(y.reshape(40, -1), memory_lookup(table, indices[:40], weights[:40]))
+    np.testing.assert_array_equal(s.reshape(40, -1), memory_scores(table, indices[:40], vectors[:40]))
+
+
 def test_one_row_per_token_is_not_one_token():
     shapes = [
         jax.ShapeDtypeStruct(s, d) for s, d in (((8, 1), jnp.float32), ((4, 1), jnp.int32), ((4, 1), jnp.float32))

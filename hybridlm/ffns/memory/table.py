@@ -91,6 +91,7 @@ class Table(nnx.Module):
         spread = self.spread()
 
         def of_device(table: Array, indices: Array, operand: Array) -> Array:
+            # One axis of tokens, for the exchange.
             flat = indices.reshape(-1, indices.shape[-1]), operand.reshape(-1, operand.shape[-1])
             return read(spread, table, *flat, self.impl).reshape(*indices.shape[:-1], -1)
 

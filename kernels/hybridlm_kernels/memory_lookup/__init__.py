@@ -22,8 +22,8 @@ Residuals = tuple[Array, Array, Array, bool | None]
 
 
 def memory_lookup(
-    table: Table, indices: Int[Array, "t k"], weights: Float[Array, "t k"], *, impl: str = "auto"
-) -> Float[Array, "t v"]:
+    table: Table, indices: Int[Array, "*t k"], weights: Float[Array, "*t k"], *, impl: str = "auto"
+) -> Float[Array, "*t v"]:
     """y_t = sum_k w_tk table[i_tk].
 
     A row of `table` is v numbers, or [a, l] with v = a l: TPUs read single rows of [n, a, 128] without a copy of the
@@ -40,13 +40,14 @@ def memory_lookup(
     _check_table(table, indices)
     check_operand("weights", weights, indices.shape, "[tokens, rows per token], as indices,")
     _check_whole(table=table, indices=indices, weights=weights)
-    tier = choose("memory_lookup", table, indices, weights, impl=impl)
-    return _lookup(*align_varying(table, indices.astype(jnp.int32), weights), tier)
+    operands = table, _flat(indices.astype(jnp.int32)), _flat(weights)
+    y: Any = _lookup(*align_varying(*operands), choose("memory_lookup", *operands, impl=impl))
+    return y.reshape(*indices.shape[:-1], y.shape[-1])
 
 
 def memory_scores(
-    table: Table, indices: Int[Array, "t k"], x: Float[Array, "t v"], *, impl: str = "auto"
-) -> Float[Array, "t k"]:
+    table: Table, indices: Int[Array, "*t k"], x: Float[Array, "*t v"], *, impl: str = "auto"
+) -> Float[Array, "*t k"]:
     """s_tk = table[i_tk] . x_t, and 0 where i_tk is outside [0, n): the transpose of `memory_lookup`, and like it.
 
     s has the dtype of `x`. Differentiable in `table` and `x`, reverse mode only.
@@ -54,10 +55,16 @@ def memory_scores(
     table, indices, x = jnp.asarray(table), jnp.asarray(indices), jnp.asarray(x)
     _check_table(table, indices)
     width = table.size // table.shape[0]
-    check_operand("x", x, (indices.shape[0], width), "[tokens, row width]")
+    check_operand("x", x, (*indices.shape[:-1], width), "[tokens, row width]")
     _check_whole(table=table, indices=indices, x=x)
-    tier = choose("memory_scores", table, indices, x, impl=impl)
-    return _scores(*align_varying(table, indices.astype(jnp.int32), x), tier)
+    operands = table, _flat(indices.astype(jnp.int32)), _flat(x)
+    s: Any = _scores(*align_varying(*operands), choose("memory_scores", *operands, impl=impl))
+    return s.reshape(indices.shape)
+
+
+def _flat(x: Array) -> Array:
+    """With one axis of tokens."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _check_table(table: Array, indices: Array) -> None:
@@ -65,7 +72,7 @@ def _check_table(table: Array, indices: Array) -> None:
     if table.ndim not in (2, 3) or 0 in table.shape:
         raise ValueError(f"table: shape {table.shape} must be [rows, width] or [rows, tiles, lanes], none of them 0")
     check_operand("table", table, table.shape, "[rows, width]")
-    if indices.ndim != 2 or 0 in indices.shape:
+    if indices.ndim < 2 or 0 in indices.shape:
         raise ValueError(f"indices: shape {indices.shape} must be [tokens, rows per token], with at least one of each")
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices: dtype {indices.dtype.name} must be an integer type")
