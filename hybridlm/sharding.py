@@ -33,11 +33,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("fsdp", "expert", "tensor"),
     "logits": ("tensor",),
     "replicas": ("data",),
-    # Of memories' tables, by how they are spread.
-    "table_rows": ("fsdp", "expert"),
+    # Of memories' tables, by how they are spread: (rows, columns) are (table_rows, None), (grid_rows, grid_columns) or
+    # (tensor_rows, table_columns).
+    "table_rows": ("fsdp", "expert", "tensor"),
     "table_columns": ("fsdp", "expert"),
-    "grid_rows": ("fsdp",),
+    "grid_rows": ("fsdp", "tensor"),
     "grid_columns": ("expert",),
+    "tensor_rows": ("tensor",),
 }
 
 

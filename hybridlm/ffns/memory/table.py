@@ -3,6 +3,7 @@
 Letters: b batch, t time, c reads of a token that are added up apart, k rows per read, v row width, n tokens (b t c).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,7 @@ class Table(nnx.Module):
         self.table = nnx.Param(value.astype(cfg.table_dtype))
 
     @property
-    def axes(self) -> tuple[str | None, str | None, None]:
+    def axes(self) -> tuple[str, str | None, None]:
         """Logical, of the parameter."""
         return self.row_axis, self.column_axis, None
 
@@ -167,49 +168,49 @@ class Spread:
     and y in parts: 2 n v (P - 1) by rows, 2 n v (P - 1) / P by columns, 2 n v (R - 1) + 2 n v (C - 1) / C as a grid.
     """
 
-    rows: str | None
+    rows: str
+    """The logical axis. Devices along `tensor` have rows of their own, but the same tokens."""
     columns: str | None
 
     def local_rows(self, indices: Int[Array, "n k"], table: Array) -> Int[Array, "n k"]:
         """Counted from the first row of this device; others lie outside its part."""
-        if self.rows is None:
-            return indices
         return indices - position(self.rows) * table.shape[0]
 
     def origin(self, table: Array) -> tuple[Array | int, Array | int]:
         """The row and the column where the part `table` of this device begins."""
-        row = 0 if self.rows is None else position(self.rows) * table.shape[0]
+        row = position(self.rows) * table.shape[0]
         return row, 0 if self.columns is None else position(self.columns) * table.shape[1] * table.shape[2]
 
     def gather(self, x: Array) -> Array:
         """What all devices have of these tokens: [n, ...] -> [rows' parts x columns' parts x n, ...]."""
-        for axis in (self.columns, self.rows):
-            if _parts(axis) > 1:
-                x = jax.lax.all_gather(x, RULES[axis], axis=0, tiled=True)  # pyright: ignore[reportArgumentType]
+        for axes in (_token_axes(self.columns), _token_axes(self.rows)):
+            if axes:
+                x = jax.lax.all_gather(x, axes, axis=0, tiled=True)
         return x
 
     def gather_columns(self, x: Float[Array, "n v"]) -> Float[Array, "m w"]:
         """This device's columns of the tokens of all."""
-        if _parts(self.columns) > 1:
-            x = jax.lax.all_to_all(x, RULES[self.columns], split_axis=1, concat_axis=0, tiled=True)  # pyright: ignore
-        if _parts(self.rows) > 1:
-            x = jax.lax.all_gather(x, RULES[self.rows], axis=0, tiled=True)  # pyright: ignore[reportArgumentType]
+        if axes := _token_axes(self.columns):
+            x = jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=0, tiled=True)
+        if axes := _token_axes(self.rows):
+            x = jax.lax.all_gather(x, axes, axis=0, tiled=True)
         return x
 
     def scatter_columns(self, y: Float[Array, "m w"]) -> Float[Array, "n v"]:
         """All columns of this device's tokens: sums over the devices that hold rows, blocks from those of columns."""
-        if _parts(self.rows) > 1:
-            y = jax.lax.psum_scatter(y, RULES[self.rows], scatter_dimension=0, tiled=True)  # pyright: ignore
-        if _parts(self.columns) > 1:
-            y = jax.lax.all_to_all(y, RULES[self.columns], split_axis=0, concat_axis=1, tiled=True)  # pyright: ignore
+        if axes := _token_axes(self.rows):
+            y = jax.lax.psum_scatter(y, axes, scatter_dimension=0, tiled=True)
+        y = total(y, "tensor_rows")
+        if axes := _token_axes(self.columns):
+            y = jax.lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)
         return y
 
     def scatter(self, x: Float[Array, "m k"]) -> Float[Array, "n k"]:
         """Sums over all devices, of this device's tokens."""
-        for axis in (self.rows, self.columns):
-            if _parts(axis) > 1:
-                x = jax.lax.psum_scatter(x, RULES[axis], scatter_dimension=0, tiled=True)  # pyright: ignore
-        return x
+        for axes in (_token_axes(self.rows), _token_axes(self.columns)):
+            if axes:
+                x = jax.lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True)
+        return total(x, "tensor_rows")
 
 
 def _lookup(spread: Spread, table: Array, indices: Array, weights: Array, impl: str) -> Array:
@@ -235,14 +236,21 @@ def _parts(axis: str | None) -> int:
     return 1 if axis is None else axis_size(axis)
 
 
-LAYOUTS: dict[str, tuple[str | None, str | None]] = {
-    "columns": (None, "table_columns"),
+def _token_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes of a table's axis along which tokens differ, where there are such devices."""
+    axes = () if axis is None else tuple(name for name in RULES[axis] if name in RULES["batch"])
+    mesh = jax.sharding.get_abstract_mesh()
+    return axes if not mesh.empty and math.prod(mesh.shape[name] for name in axes) > 1 else ()
+
+
+LAYOUTS: dict[str, tuple[str, str | None]] = {
+    "columns": ("tensor_rows", "table_columns"),
     "grid": ("grid_rows", "grid_columns"),
     "rows": ("table_rows", None),
 }
 
 
-def layout(spread: str, shape: tuple[int, int, int], dtype: str, reads_per_token: int) -> tuple[str | None, str | None]:
+def layout(spread: str, shape: tuple[int, int, int], dtype: str, reads_per_token: int) -> tuple[str, str | None]:
     """The logical axes of a table's rows and columns. Raises ConfigError where it does not divide by the mesh.
 
     `auto` is, of those that divide, the one for which a device receives the fewest bytes (see `Spread`). It leaves out

@@ -132,14 +132,16 @@ def test_adam_goes_on_where_it_was_and_has_its_own_rate(rng: np.random.Generator
 MESHES = [
     ("rows", config.Mesh(data=1, fsdp=8)),
     ("columns", config.Mesh(data=2, fsdp=4)),
-    ("grid", config.Mesh(data=1, fsdp=4, expert=2)),
+    ("grid", config.Mesh(data=1, fsdp=2, expert=2, tensor=2)),
 ]
 MORE_MESHES = [
     ("rows", config.Mesh(data=1, fsdp=2)),
     ("rows", config.Mesh(data=2, fsdp=2, expert=2)),
     ("columns", config.Mesh(data=1, fsdp=2)),
     ("columns", config.Mesh(data=1, fsdp=4, expert=2)),
-    ("grid", config.Mesh(data=1, fsdp=2, expert=2)),
+    ("rows", config.Mesh(data=2, fsdp=2, tensor=2)),
+    ("columns", config.Mesh(data=1, fsdp=4, tensor=2)),
+    ("grid", config.Mesh(data=1, fsdp=4, expert=2)),
     ("auto", config.Mesh(data=2, fsdp=2, tensor=2)),
 ]
 
