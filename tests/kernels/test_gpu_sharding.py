@@ -34,13 +34,15 @@ OPERANDS = {
     "gated_linear_attention": [(QUERY, QUERY, VALUE, gate) for gate in (PER_HEAD, PER_CHANNEL)],
     "gated_delta_rule": [(QUERY, QUERY, VALUE, PER_HEAD, gate) for gate in (PER_HEAD, PER_CHANNEL)],
     "grouped_matmul": [(operand("mk", jnp.bfloat16), operand("gkk", jnp.bfloat16), operand("g", jnp.int32))],
+    "memory_lookup": [(operand("md"), operand("th", jnp.int32), operand("th"))],
+    "memory_scores": [(operand("md"), operand("th", jnp.int32), operand("td"))],
 }
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_of_divided_operands_lie_as_the_operands(op: str) -> None:
     function = partial(getattr(hybridlm_kernels, op), impl="pallas_gpu")
-    if op == "grouped_matmul":  # its caller brings rows and groups together
+    if op in ("grouped_matmul", "memory_lookup", "memory_scores"):  # whose callers bring rows together
         function = jax.shard_map(function, mesh=H200S, in_specs=DIVIDED, out_specs=DIVIDED)
 
     def loss(*operands: Any) -> Any:

@@ -134,7 +134,9 @@ def gradients(table: Array, indices: Array, weights: Array, vectors: Array) -> t
             dtable[row, at] = total.astype(dtable.dtype)
             return pair
 
-        lax.fori_loop(0, jnp.minimum(ROWS, num_rows - owner * ROWS), one_row, bounds[owner])
+        # Inside a kernel, what is read varies over mesh axes and what is computed does not, as a carry must be.
+        first = jnp.minimum(bounds[owner], end)
+        lax.fori_loop(0, jnp.minimum(ROWS, num_rows - owner * ROWS), one_row, first)
 
     out = [
         jax.ShapeDtypeStruct((num_rows, width), table.dtype),
