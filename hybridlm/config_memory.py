@@ -26,7 +26,8 @@ class Memory(FFN):
     """What rows are kept in. Updates of bfloat16 rows are rounded stochastically."""
     spread: Literal["auto", "rows", "columns", "grid"] = "auto"
     """How the table lies on the mesh axes fsdp and expert: its rows over both, its columns (the value dimension) over
-    both in blocks of 128 or more, or rows over fsdp and columns over expert; `auto` sends the fewest bytes."""
+    both in blocks of 128 or a multiple, or rows over fsdp and columns over expert; `auto` sends the fewest bytes. Over
+    tensor it is cut by rows."""
 
     def check(self) -> None:
         if self.num_rows != self.half_keys**2:
