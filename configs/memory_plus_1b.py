@@ -5,6 +5,7 @@
 Published: layers 4, 12 and 20 of 24 read one table, 4 heads of 32 rows as wide as the model, queries of half that, the
 rows' own constant rate of 1e-3 and clipping apart from the model's. Ours: the blocks, which are transformer_1b's, and
 training. More rows are `--model.pattern.4.ffn.num_rows=16777216`.
+Each device sorts all reads of a step, so batches are small: 131,072 tokens.
 """
 
 from dataclasses import replace
@@ -20,5 +21,6 @@ config = replace(
     base,
     model=replace(base.model, num_layers=24, pattern=(*(block,) * 4, memory, *(block,) * 3)),
     optimizer=AdamW(peak_lr=1e-4, schedule=base.optimizer.schedule, tables=RowAdam(lr=1e-3, clip_norm=1.0)),
+    train=replace(base.train, batch_size=64),
     sharding=Sharding(mesh=Mesh(data=1, fsdp=-1)),
 )
