@@ -267,8 +267,12 @@ def test_sharded_equals_unsharded(subject: Subject, rng: np.random.Generator, sh
     want_params, want_x = subject.gradients(subject.params, x, segments, cotangent)
     real = (segments.ids != 0)[:, :, None]
     assert distance(y * real, want * real) < TOLERANCE
-    assert distance(dx, want_x) < GRADIENT_TOLERANCE
-    assert_trees_close(dparams, want_params)
+    # A head whose output is nearly 0 is divided by its norm: there the rounding of x alone moves gradients further.
+    rounded = x * (1 + 2**-23 * rng.choice([-1.0, 1.0], x.shape)).astype(np.float32)
+    _, other_x = subject.gradients(subject.params, rounded, segments, cotangent)
+    tolerance = max(GRADIENT_TOLERANCE, 4 * distance(other_x, want_x))
+    assert distance(dx, want_x) < tolerance
+    assert_trees_close(dparams, want_params, tolerance)
 
 
 def test_flops_are_those_that_xla_counts(subject: Subject) -> None:
@@ -319,9 +323,9 @@ def distance(got: Any, want: Any) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def assert_trees_close(got: Any, want: Any) -> None:
+def assert_trees_close(got: Any, want: Any, tolerance: float = GRADIENT_TOLERANCE) -> None:
     """Leaves within the tolerance of the largest gradient's scale: exact zeros have no relative error."""
     largest = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(want))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         error = np.linalg.norm(np.asarray(a) - np.asarray(b)) / max(np.linalg.norm(np.asarray(b)), 1e-3 * largest)
-        assert error < GRADIENT_TOLERANCE, jax.tree_util.keystr(path)
+        assert error < tolerance, jax.tree_util.keystr(path)
