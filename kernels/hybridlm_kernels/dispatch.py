@@ -182,6 +182,13 @@ def _suggestion(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def check_whole(op: str, **operands: Array) -> None:
+    """Raises ValueError for an operand that is sharded, where an operation wants to be told which part it has."""
+    for name, array in operands.items():
+        if axes := [str(entry) for entry in jax.typeof(array).sharding.spec if entry is not None]:
+            raise ValueError(f"{name}: sharded over {', '.join(axes)}; call {op} inside a jax.shard_map")
+
+
 def check_operand(name: str, array: Array, shape: tuple[int, ...], dims: str, allow_complex: bool = False) -> None:
     """Raises ValueError unless `array` has this shape, named by `dims`, and a floating dtype that is supported."""
     if array.shape != shape:

@@ -12,6 +12,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from hybridlm_kernels import explain, memory_lookup, memory_scores
+from hybridlm_kernels.bench import oracles
 from hybridlm_kernels.memory_lookup import chunked
 from hybridlm_kernels.memory_lookup.sorted_pairs import in_order_of_pairs, sort_pairs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -31,16 +32,10 @@ CASES = {  # t, k, lowest and highest index
 
 
 def oracle(table, indices, weights, vectors):
-    """y_t = sum_k w_tk table[i_tk], s_tk = table[i_tk] . x_t, and g_i = the sum of w_tk x_t over i_tk = i."""
-    table, weights, vectors = (np.asarray(a, np.float64) for a in (table, weights, vectors))
-    rows = table.reshape(len(table), -1)
-    y, s, g = np.zeros(vectors.shape), np.zeros(weights.shape), np.zeros(rows.shape)
-    for (t, k), i in np.ndenumerate(np.asarray(indices)):
-        if 0 <= i < len(rows):
-            y[t] += weights[t, k] * rows[i]
-            s[t, k] = rows[i] @ vectors[t]
-            g[i] += weights[t, k] * vectors[t]
-    return y, s, g.reshape(table.shape)
+    """y, the scores of `vectors`, and the table's gradient for them, in float64."""
+    table, weights, vectors = (np.asarray(a.astype(float), np.float64) for a in (table, weights, vectors))
+    y, (g, s) = oracles.memory_lookup(table, np.asarray(indices), weights, vectors)
+    return y, s, g
 
 
 def operands(rng, name, dtype: Any = np.float32, row=(V,)):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hybridlm_kernels import UnsupportedKernel, interpret_pallas, memory_lookup, memory_scores
+from hybridlm_kernels.bench import oracles
 from hybridlm_kernels.memory_lookup import pallas_tpu, tpu_gradients
 from jax.experimental.pallas import tpu as pltpu
 
@@ -25,16 +26,10 @@ QUICK = ("some rows are elsewhere",)
 
 
 def oracle(table, indices, weights, vectors):
-    """y, the scores of `vectors`, and the table's gradient, pair by pair."""
-    table, weights, vectors = (np.asarray(a.astype(jnp.float32), np.float64) for a in (table, weights, vectors))
-    rows = table.reshape(len(table), -1)
-    y, s, g = np.zeros(vectors.shape), np.zeros(weights.shape), np.zeros(rows.shape)
-    for (t, k), i in np.ndenumerate(np.asarray(indices)):
-        if 0 <= i < len(rows):
-            y[t] += weights[t, k] * rows[i]
-            s[t, k] = rows[i] @ vectors[t]
-            g[i] += weights[t, k] * vectors[t]
-    return y, s, g.reshape(table.shape)
+    """y, the scores of `vectors`, and the table's gradient for them, in float64."""
+    table, weights, vectors = (np.asarray(a.astype(float), np.float64) for a in (table, weights, vectors))
+    y, (g, s) = oracles.memory_lookup(table, np.asarray(indices), weights, vectors)
+    return y, s, g
 
 
 def operands(rng, name, dtype: Any = jnp.float32, table_dtype: Any = jnp.float32):

@@ -146,13 +146,17 @@ def linear_attention(
 
 
 def memory_lookup(table: Array, indices: Array, weights: Array, dy: Array) -> tuple[Array, tuple[Array, Array]]:
-    """y_t = sum_k w_tk table[i_tk], token by token. table [n, ...], indices and weights [t, k]"""
+    """y_t = sum_k w_tk table[i_tk], token by token, rows outside the table left out: y and (dtable, dweights).
+
+    table [n, ...], indices and weights [t, k]
+    """
     rows = table.reshape(len(table), -1)
     y, dtable, dweights = np.zeros_like(dy), np.zeros_like(rows), np.zeros_like(weights)
     for t, index in enumerate(indices):
-        y[t] = weights[t] @ rows[index]
-        dweights[t] = rows[index] @ dy[t]
-        np.add.at(dtable, index, np.outer(weights[t], dy[t]))
+        here = (index >= 0) & (index < len(rows))
+        read, weight = rows[index[here]], weights[t, here]
+        y[t], dweights[t, here] = weight @ read, read @ dy[t]
+        np.add.at(dtable, index[here], np.outer(weight, dy[t]))
     return y, (dtable.reshape(table.shape), dweights)
 
 

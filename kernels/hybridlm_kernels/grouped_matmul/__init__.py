@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hybridlm_kernels.debug import check_range
-from hybridlm_kernels.dispatch import Tier, check_operand, choose
+from hybridlm_kernels.dispatch import Tier, check_operand, check_whole, choose
 from hybridlm_kernels.jax_compat import align_varying
 
 Residuals = tuple[Array, Array, Array]  # x, w and the sizes of the groups
@@ -57,9 +57,7 @@ def _check(x: Array, w: Array, group_sizes: Array) -> None:
         raise ValueError(f"group_sizes: dtype {group_sizes.dtype.name} must be an integer type")
     check_range("group_sizes", group_sizes, 0, x.shape[0])
     check_range("group_sizes, added up,", jnp.sum(group_sizes), 0, x.shape[0])
-    for name, array in (("x", x), ("w", w), ("group_sizes", group_sizes)):
-        if axes := [str(entry) for entry in jax.typeof(array).sharding.spec if entry is not None]:
-            raise ValueError(f"{name}: sharded over {', '.join(axes)}; call grouped_matmul inside a jax.shard_map")
+    check_whole("grouped_matmul", x=x, w=w, group_sizes=group_sizes)
 
 
 def _multiply_fwd(x: Array, w: Array, group_sizes: Array, tier: Tier) -> tuple[Array, Residuals]:

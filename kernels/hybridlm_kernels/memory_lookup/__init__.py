@@ -13,7 +13,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float, Int
 
-from hybridlm_kernels.dispatch import Tier, check_operand, choose
+from hybridlm_kernels.dispatch import Tier, check_operand, check_whole, choose
 from hybridlm_kernels.jax_compat import align_varying
 
 Table = Float[Array, "n v"] | Float[Array, "n a l"]
@@ -39,7 +39,7 @@ def memory_lookup(
     table, indices, weights = jnp.asarray(table), jnp.asarray(indices), jnp.asarray(weights)
     _check_table(table, indices)
     check_operand("weights", weights, indices.shape, "[tokens, rows per token], as indices,")
-    _check_whole(table=table, indices=indices, weights=weights)
+    check_whole("memory_lookup", table=table, indices=indices, weights=weights)
     operands = table, _flat(indices.astype(jnp.int32)), _flat(weights)
     y: Any = _lookup(*align_varying(*operands), choose("memory_lookup", *operands, impl=impl))
     return y.reshape(*indices.shape[:-1], y.shape[-1])
@@ -56,7 +56,7 @@ def memory_scores(
     _check_table(table, indices)
     width = table.size // table.shape[0]
     check_operand("x", x, (*indices.shape[:-1], width), "[tokens, row width]")
-    _check_whole(table=table, indices=indices, x=x)
+    check_whole("memory_scores", table=table, indices=indices, x=x)
     operands = table, _flat(indices.astype(jnp.int32)), _flat(x)
     s: Any = _scores(*align_varying(*operands), choose("memory_scores", *operands, impl=impl))
     return s.reshape(indices.shape)
@@ -76,12 +76,6 @@ def _check_table(table: Array, indices: Array) -> None:
         raise ValueError(f"indices: shape {indices.shape} must be [tokens, rows per token], with at least one of each")
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices: dtype {indices.dtype.name} must be an integer type")
-
-
-def _check_whole(**operands: Array) -> None:
-    for name, array in operands.items():
-        if axes := [str(entry) for entry in jax.typeof(array).sharding.spec if entry is not None]:
-            raise ValueError(f"{name}: sharded over {', '.join(axes)}; call it inside a jax.shard_map")
 
 
 def _instantiated(cotangent: Array | SymbolicZero) -> Array:
