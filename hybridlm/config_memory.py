@@ -90,7 +90,9 @@ class PEER(Memory):
 
     top_k: PositiveInt = 16
     num_heads: PositiveInt = 8
+    """Each with its own query; they share keys and experts."""
     key_dim: PositiveInt = 128
+    """Ours."""
     query_norm: Literal["batch", "layer", "none"] = "batch"
 
     def check(self) -> None:
@@ -104,6 +106,7 @@ class UltraMem(Memory):
     arXiv:2411.12364). Published beside the MLP, a few blocks later: `Beside(memory=UltraMem(), held=True)`."""
 
     top_k: PositiveInt = 42
+    """Ours."""
     key_dim: PositiveInt | None = None
     """Of a half query, which ranks and heads share; half the model width when absent."""
     value_dim: PositiveInt | None = None

@@ -41,7 +41,7 @@ def memory_lookup(
     check_operand("weights", weights, indices.shape, "[tokens, rows per token], as indices,")
     check_whole("memory_lookup", table=table, indices=indices, weights=weights)
     operands = table, _flat(indices.astype(jnp.int32)), _flat(weights)
-    y: Any = _lookup(*align_varying(*operands), choose("memory_lookup", *operands, impl=impl))
+    y: Any = _read(*align_varying(*operands), choose("memory_lookup", *operands, impl=impl), "lookup")
     return y.reshape(*indices.shape[:-1], y.shape[-1])
 
 
@@ -58,7 +58,7 @@ def memory_scores(
     check_operand("x", x, (*indices.shape[:-1], width), "[tokens, row width]")
     check_whole("memory_scores", table=table, indices=indices, x=x)
     operands = table, _flat(indices.astype(jnp.int32)), _flat(x)
-    s: Any = _scores(*align_varying(*operands), choose("memory_scores", *operands, impl=impl))
+    s: Any = _read(*align_varying(*operands), choose("memory_scores", *operands, impl=impl), "scores")
     return s.reshape(indices.shape)
 
 
@@ -85,43 +85,29 @@ def _instantiated(cotangent: Array | SymbolicZero) -> Array:
     return jnp.zeros(like.shape, like.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _lookup(table: Array, indices: Array, weights: Array, tier: Tier) -> Array:
-    return tier.lookup(table, indices, weights)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _read(table: Array, indices: Array, operand: Array, tier: Tier, how: str) -> Array:
+    """`how` is "lookup" or "scores", which is each other's transpose in the operand."""
+    return getattr(tier, how)(table, indices, operand)
 
 
-def _lookup_fwd(table: Any, indices: Any, weights: Any, tier: Tier) -> tuple[Array, Residuals]:
-    operands = table.value, indices.value, weights.value
-    return tier.lookup(*operands), (*operands, True if table.perturbed else None)
+def _read_fwd(table: Any, indices: Any, operand: Any, tier: Tier, how: str) -> tuple[Array, Residuals]:
+    operands = table.value, indices.value, operand.value
+    return getattr(tier, how)(*operands), (*operands, True if table.perturbed else None)
 
 
-def _lookup_bwd(tier: Tier, residuals: Residuals, dy: Array | SymbolicZero) -> tuple[Array | None, None, Array]:
-    table, indices, weights, table_is_differentiated = residuals
-    dy = _instantiated(dy)
+def _read_bwd(
+    tier: Tier, how: str, residuals: Residuals, cotangent: Array | SymbolicZero
+) -> tuple[Array | None, None, Array]:
+    table, indices, operand, table_is_differentiated = residuals
+    cotangent = _instantiated(cotangent)
+    if table_is_differentiated is not None and how == "lookup":
+        scores, dtable = tier.gradients(table, indices, operand, cotangent)
+        return dtable, None, scores
+    transposed = getattr(tier, "scores" if how == "lookup" else "lookup")(table, indices, cotangent)
     if table_is_differentiated is None:
-        return None, None, tier.scores(table, indices, dy)
-    scores, dtable = tier.gradients(table, indices, weights, dy)
-    return dtable, None, scores
+        return None, None, transposed
+    return tier.gradients(table, indices, cotangent, operand)[1], None, transposed
 
 
-_lookup.defvjp(_lookup_fwd, _lookup_bwd, symbolic_zeros=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scores(table: Array, indices: Array, x: Array, tier: Tier) -> Array:
-    return tier.scores(table, indices, x)
-
-
-def _scores_fwd(table: Any, indices: Any, x: Any, tier: Tier) -> tuple[Array, Residuals]:
-    operands = table.value, indices.value, x.value
-    return tier.scores(*operands), (*operands, True if table.perturbed else None)
-
-
-def _scores_bwd(tier: Tier, residuals: Residuals, ds: Array | SymbolicZero) -> tuple[Array | None, None, Array]:
-    table, indices, x, table_is_differentiated = residuals
-    ds = _instantiated(ds)
-    dx = tier.lookup(table, indices, ds)
-    return None if table_is_differentiated is None else tier.gradients(table, indices, ds, x)[1], None, dx
-
-
-_scores.defvjp(_scores_fwd, _scores_bwd, symbolic_zeros=True)
+_read.defvjp(_read_fwd, _read_bwd, symbolic_zeros=True)
