@@ -103,10 +103,13 @@ class Stack(nnx.Module):
                 reported.append(aux)
             return x, new_states, records, carry, _in_order(reported)
 
+        def of_part(name: str) -> tuple[Any, Any]:
+            return None if state is None else state[name], None if given.taps is None else given.taps[name]
+
         def run_part(name: str, x: Array, carry: Carry) -> tuple[Array, Carry]:
             nonlocal layer
             blocks = getattr(self, name)
-            states, taps = (None if of_all is None else of_all[name] for of_all in (state, given.taps))
+            states, taps = of_part(name)
             x, new_state[name], recorded[name], carry, aux = run_all(blocks, x, states, taps, carry, layer)
             reports.append(aux)
             layer += len(blocks)
@@ -120,10 +123,8 @@ class Stack(nnx.Module):
         x, carry = run_part("prologue", x, carry)
         if self.num_repeats:
             firsts = layer + len(self.cfg.pattern) * jnp.arange(self.num_repeats)
-            states, taps = (None if of_all is None else of_all["repeats"] for of_all in (state, given.taps))
-            (x, carry), (new_state["repeats"], recorded["repeats"], aux) = jax.lax.scan(
-                repeat, (x, carry), (self.repeats, states, taps, firsts)
-            )
+            xs = (self.repeats, *of_part("repeats"), firsts)
+            (x, carry), (new_state["repeats"], recorded["repeats"], aux) = jax.lax.scan(repeat, (x, carry), xs)
             reports.append({name: values.reshape(-1, *values.shape[2:]) for name, values in aux.items()})
             layer += len(self.cfg.pattern) * self.num_repeats
         x, carry = run_part("tail", x, carry)
