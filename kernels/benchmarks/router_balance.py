@@ -42,7 +42,8 @@ from hybridlm.config import (
     TopK,
 )
 from hybridlm.config_io import load_config
-from hybridlm.data.pipeline import Batches, load_corpus
+from hybridlm.data.corpus import load_corpus
+from hybridlm.data.pipeline import Batches
 from hybridlm.model import build
 from hybridlm.optim import make_optimizer
 from hybridlm.train.step import init_state, make_train_step

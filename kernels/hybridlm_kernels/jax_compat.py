@@ -1,10 +1,13 @@
 """The JAX API that changes between releases, in one place. Serves jax 0.10 and newer."""
 
+import io
+import pickle
 from collections.abc import Sequence
 from typing import Any, TypeVarTuple, cast
 
 import jax
 from jax import Array
+from jax.experimental import serialize_executable as _serialize
 
 Arrays = TypeVarTuple("Arrays")  # of Array or Array | None
 
@@ -40,3 +43,66 @@ def out_struct(shape: Sequence[int], dtype: Any, *like: Array) -> jax.ShapeDtype
 def gather_equal(array: Array, axis: str | tuple[str, ...]) -> Array:
     """[devices of `axis`, ...]: every device's `array`, and known to be the same on all of them."""
     return jax.lax.all_gather(array, axis, to="invarying")
+
+
+class PayloadError(ValueError):
+    """What should be a serialised executable is none that this JAX would have written."""
+
+
+# Everything that JAX's serialisation of an executable of arrays on a mesh is made of.
+_PAYLOAD_CLASSES = frozenset(
+    {
+        ("jax", "P"),
+        ("jax._src.core", "ManualAxisType"),
+        ("jax._src.core", "MemorySpace"),
+        ("jax._src.core", "ShapedArray"),
+        ("jax._src.interpreters.pxla", "AllArgsInfo"),
+        ("jax._src.interpreters.pxla", "UnloadedMeshExecutable"),
+        ("jax._src.layout", "AutoLayoutSingleton"),
+        ("jax._src.layout", "Layout"),
+        ("jax._src.linear_util", "DebugInfo"),
+        ("jax._src.mesh", "AbstractDevice"),
+        ("jax._src.mesh", "AbstractMesh"),
+        ("jax._src.mesh", "AxisType"),
+        ("jax._src.mesh", "Mesh"),
+        ("jax._src.named_sharding", "_unpickle_named_sharding"),
+        ("jax._src.stages", "ArgInfo"),
+        ("jaxlib._jax", "DeviceList"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy._core.multiarray", "_reconstruct"),
+    }
+)
+
+
+class _PayloadUnpickler(_serialize._JaxPjrtUnpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PAYLOAD_CLASSES:
+            raise PayloadError(f"holds {module}.{name}, which no executable is made of")
+        return super().find_class(module, name)
+
+
+def serialize_executable(compiled: jax.stages.Compiled) -> bytes:
+    """Without the trees of its arguments and results: those of what it was lowered from say them."""
+    return _serialize.serialize(compiled)[0]
+
+
+def deserialize_executable(payload: bytes, lowered: jax.stages.Lowered, devices: Sequence[Any]) -> jax.stages.Compiled:
+    """The executable on `devices`, for arguments like those that `lowered` was made with.
+
+    The payload is a pickle. Nothing is looked up for it but the classes that executables are made of.
+    Raises PayloadError where it asks for others, or cannot be read.
+    """
+    client = devices[0].client
+    try:
+        unloaded, args_info, no_kwargs = _PayloadUnpickler(io.BytesIO(payload), client, devices).load()
+        executable = unloaded.load()
+    except PayloadError:
+        raise
+    except (
+        *(pickle.UnpicklingError, jax.errors.JaxRuntimeError),
+        *(AttributeError, EOFError, LookupError, TypeError, ValueError),
+    ) as error:
+        raise PayloadError(f"cannot be read: {str(error).partition(chr(10))[0]}") from None
+    info = jax.tree.unflatten(lowered.in_tree, args_info)
+    return jax.stages.Compiled(executable, [], info, lowered.out_tree, no_kwargs=no_kwargs)

@@ -190,7 +190,7 @@ class OnAbsentGpu:
                 with jax.set_mesh(static_gpu.absent_h200()):
                     function, operands = workload.program()
                 kernels = static_gpu.analyze(function, operands)
-            except (RuntimeError, NotImplementedError, ValueError) as error:  # JAX and its compilers raise all three
+            except (RuntimeError, ValueError) as error:  # of JAX, its compilers and ours
                 self.status = 1
                 yield row | {"failure": str(error)[:2000]}, f"{workload}: {error}"
             else:

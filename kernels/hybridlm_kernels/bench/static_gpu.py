@@ -9,6 +9,7 @@ fit on a multiprocessor. It shows no time. Needs the CUDA plugin of JAX and the 
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import re
 import tempfile
@@ -37,7 +38,8 @@ dnn_version_info { major: 9 minor: 28 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
-INSTALL = "JAX's CUDA plugin cannot compile here; pip install 'jax[cuda13]'"
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+INSTALL = "JAX's CUDA plugin, which brings the GPU compiler, is not installed; pip install 'jax[cuda13]'"
 REGISTERS, SHARED_BYTES, THREADS = 65536, 233472, 2048  # of a multiprocessor
 RESERVED_BYTES = 1024  # of shared memory, for each block of threads
 LAUNCH = re.compile(
@@ -77,19 +79,14 @@ class Kernel:
 
 def missing() -> str | None:
     """Why nothing can be compiled for a GPU here, or None."""
-    try:
-        absent_h200()
-    except StaticGpuError as error:
-        return str(error)
-    return None
+    return None if any(map(importlib.util.find_spec, PLUGINS)) else INSTALL
 
 
 def absent_h200() -> Mesh:
     """A mesh of one H200 that is not there. Raises StaticGpuError without the CUDA plugin."""
-    try:
-        topology = topologies.get_topology_desc("h200_1x1x1", platform="cuda", target_config=H200, topology="1x1x1")
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise StaticGpuError(f"{INSTALL}: {error}") from error
+    if reason := missing():
+        raise StaticGpuError(reason)
+    topology = topologies.get_topology_desc("h200_1x1x1", platform="cuda", target_config=H200, topology="1x1x1")
     return Mesh(np.array(topology.devices[:1]), ("x",))
 
 
