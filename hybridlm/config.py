@@ -17,6 +17,11 @@ from hybridlm.config_check import (
     PositiveInt,
     Range,
 )
+from hybridlm.config_data import Chat as Chat
+from hybridlm.config_data import Data as Data
+from hybridlm.config_data import Part as Part
+from hybridlm.config_data import Stage as Stage
+from hybridlm.config_distill import Distill as Distill
 from hybridlm.config_ffns import FFN as FFN
 from hybridlm.config_ffns import GLU as GLU
 from hybridlm.config_ffns import Bilinear as Bilinear
@@ -28,6 +33,8 @@ from hybridlm.config_ffns import GeGLU as GeGLU
 from hybridlm.config_ffns import MoE as MoE
 from hybridlm.config_ffns import ReGLU as ReGLU
 from hybridlm.config_ffns import SwiGLU as SwiGLU
+from hybridlm.config_finetune import Finetune as Finetune
+from hybridlm.config_finetune import LoRA as LoRA
 from hybridlm.config_memory import PEER as PEER
 from hybridlm.config_memory import AddHeld as AddHeld
 from hybridlm.config_memory import Beside as Beside
@@ -44,6 +51,8 @@ from hybridlm.config_mixers import GatedDeltaNet as GatedDeltaNet
 from hybridlm.config_mixers import GatedLinearAttention as GatedLinearAttention
 from hybridlm.config_mixers import GatedSlotAttention as GatedSlotAttention
 from hybridlm.config_mixers import KimiDeltaAttention as KimiDeltaAttention
+from hybridlm.config_mixers import Liger as Liger
+from hybridlm.config_mixers import Llama3Rope as Llama3Rope
 from hybridlm.config_mixers import Mamba2 as Mamba2
 from hybridlm.config_mixers import Mixer as Mixer
 from hybridlm.config_mixers import RetNet as RetNet
@@ -67,6 +76,17 @@ from hybridlm.config_routers import TopK as TopK
 from hybridlm.config_tables import RowAdagrad as RowAdagrad
 from hybridlm.config_tables import RowAdam as RowAdam
 from hybridlm.config_tables import TableOptimizer as TableOptimizer
+from hybridlm.config_tasks import MQAR as MQAR
+from hybridlm.config_tasks import S3 as S3
+from hybridlm.config_tasks import S5 as S5
+from hybridlm.config_tasks import Addition as Addition
+from hybridlm.config_tasks import Copying as Copying
+from hybridlm.config_tasks import Induction as Induction
+from hybridlm.config_tasks import ModularArithmetic as ModularArithmetic
+from hybridlm.config_tasks import Parity as Parity
+from hybridlm.config_tasks import S5Swaps as S5Swaps
+from hybridlm.config_tasks import SelectiveCopying as SelectiveCopying
+from hybridlm.config_tasks import Task as Task
 
 
 class Optimizer(Node):
@@ -104,15 +124,22 @@ class Model(Node):
     tied_embedding: bool = True
     scale_embedding: bool = True
     """Multiply embeddings by sqrt(width)."""
+    embedding_scale: PositiveFloat | None = None
+    """Multiply embeddings by this instead; RecurrentGemma has sqrt(width) rounded to bfloat16."""
     logit_soft_cap: PositiveFloat | None = None
     """cap * tanh(logits / cap)."""
     norm_eps: PositiveFloat = 1e-6
+    norm_offset: bool = True
+    """Norms of the residual stream, and of queries and keys in attention, multiply by 1 + scale, as Gemma's and
+    Qwen3-Next's; by the scale alone, as Llama's, when off."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations; `auto` is bfloat16, on CPU float32."""
     remat: Literal["none", "full", "dots", "block_outputs"] = "none"
     """What the backward pass recomputes in a block: nothing, all, all but matmuls, all but mixer and FFN outputs."""
 
     def check(self) -> None:
+        if self.embedding_scale is not None and not self.scale_embedding:
+            raise ConfigError("embedding_scale", f"={self.embedding_scale}: needs scale_embedding=True")
         if not self.pattern:
             raise ConfigError("pattern", ": must hold at least one Block")
         fixed = len(self.prologue) + len(self.epilogue)
@@ -121,7 +148,7 @@ class Model(Node):
         for name in ("prologue", "pattern", "epilogue"):
             for i, block in enumerate(getattr(self, name)):
                 mixer = block.mixer
-                if isinstance(mixer, Attention) and mixer.head_dim is None and self.width % mixer.num_heads:
+                if isinstance(mixer, Attention | Liger) and mixer.head_dim is None and self.width % mixer.num_heads:
                     raise ConfigError(
                         f"{name}.{i}.mixer.num_heads",
                         f"={mixer.num_heads}: model.width={self.width} must divide by it, or set head_dim",
@@ -158,29 +185,6 @@ class Model(Node):
         middle = self.num_layers - len(self.prologue) - len(self.epilogue)
         repeated = [self.pattern[i % len(self.pattern)] for i in range(middle)]
         return [*self.prologue, *repeated, *self.epilogue]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(Node):
-    """Where text comes from and how it becomes sequences."""
-
-    source: Literal["python-stdlib", "text", "jsonl"] = "python-stdlib"
-    """`python-stdlib` is the source text of the running Python's standard library: no download."""
-    path: str | None = None
-    """A file or a directory, for `text` and `jsonl`."""
-    text_key: str = "text"
-    """The field of a JSONL object that holds the text."""
-    seq_len: Annotated[int, Range(2)] = 1024
-    tokenizer: str = "byte"
-    """`byte`, or a local tokenizer.json (Hugging Face tokenizers) or .model (SentencePiece) file."""
-    validation_fraction: Annotated[float, Range(0, 0.5, above=True)] = 0.02
-    """Share of the documents held out, chosen by their names; of a corpus with one document, its end."""
-    prefetch: PositiveInt = 4
-    """Batches prepared ahead."""
-
-    def check(self) -> None:
-        if self.source != "python-stdlib" and self.path is None:
-            raise ConfigError("path", f": is required by source={self.source}; give a file or a directory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,12 +230,22 @@ class Train(Node):
     """Sequences in one optimizer step, over all devices."""
     num_microbatches: PositiveInt = 1
     """Gradient accumulation: the batch is run in so many parts, weighted by their tokens."""
+    gradient_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which devices add up their gradients of weights; `auto` is the dtype of activations."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM uses 1e-4)."""
     log_every: PositiveInt = 10
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     max_nonfinite_steps: PositiveInt = 10
-    """Steps with a non-finite loss or gradient change nothing; so many in a row stop the run."""
+    """Steps with a non-finite loss or gradient change nothing; so many in a row roll the run back."""
+    spike_sigma: PositiveFloat | None = None
+    """Neither do steps whose loss or gradient norm is above its recent mean by so many standard deviations."""
+    rollbacks: NonNegativeInt = 2
+    """So often to the same checkpoint, jumping over the batches of rejected steps; then the run stops."""
+    hang_seconds: PositiveInt | None = 1800
+    """A process that finishes no step for so long writes the stacks of its threads and ends."""
+    compare_replicas_every: PositiveInt | None = None
+    """Steps between comparisons of the devices' copies of the state; where they differ the run ends with code 76."""
 
     def check(self) -> None:
         if self.batch_size % self.num_microbatches:
@@ -248,6 +262,17 @@ class Eval(Node):
     """Steps between evaluations; there is one after the last step in any case."""
     batches: PositiveInt | None = None
     """Batches used each time; all held-out text when absent."""
+    sample_prompts: tuple[str, ...] = ()
+    """Beginnings of documents that each evaluation continues, one line of `samples.jsonl` for each."""
+    sample_tokens: PositiveInt = 64
+    """Of each continuation at most, drawn at temperature 1; `train.seed`, the step and the prompt's place decide."""
+
+    def check(self) -> None:
+        for i, prompt in enumerate(self.sample_prompts):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"sample_prompts.{i}", f": is not UTF-8 at character {error.start}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +281,13 @@ class Checkpoint(Node):
 
     every: PositiveInt = 500
     keep: PositiveInt = 3
+    """The latest so many stay."""
+    keep_every: PositiveInt | None = None
+    """Those of steps that divide by it stay as well."""
+    buffer_gb: PositiveFloat = 16.0
+    """Host memory that each process takes to write or read one, beside its share of the state; at least an array."""
+    timeout_seconds: PositiveInt = 300
+    """For how long a process waits for the others' parts; where a save fails on one host, all end within it."""
 
 
 MeshSize = Annotated[int, Range(-1)]
@@ -265,18 +297,23 @@ MeshSize = Annotated[int, Range(-1)]
 class Mesh(Node):
     """Devices per mesh axis; one axis may be -1 and takes the devices that are left."""
 
+    slices: MeshSize = -1
+    """Batch only, over the slow network between TPU slices or GPU nodes; -1 is as many slices as the devices are of."""
     data: MeshSize = -1
     """Batch only; parameters are replicated."""
     fsdp: MeshSize = 1
     """Batch, and parameters sharded (ZeRO-3)."""
     expert: MeshSize = 1
     """Batch, experts, columns of memories' tables, and the other parameters sharded as by fsdp."""
+    context: MeshSize = 1
+    """Time: each device has a stretch of every sequence. Parameters are sharded as by fsdp."""
     tensor: MeshSize = 1
     """Heads, channels and vocabulary."""
 
     def check(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
-        for name, size in sizes.items():
+        names = ("data", "fsdp", "expert", "context", "tensor")
+        sizes = {name: getattr(self, name) for name in names}
+        for name, size in {"slices": self.slices, **sizes}.items():
             if size == 0:
                 raise ConfigError(name, "=0: must be at least 1, or -1 for the devices that are left")
         if list(sizes.values()).count(-1) > 1:
@@ -288,6 +325,10 @@ class Sharding(Node):
     """How arrays are laid out over devices."""
 
     mesh: Mesh = Mesh()
+    auto: bool = False
+    """Choose the sizes that `mesh` has at 1 or -1: experts, then time, then parameters are spread as far as needed."""
+    xla_options: tuple[str, ...] = ()
+    """Options of the compiler for the training step, each `name=value`, beside those that hybridlm sets."""
 
 
 Tier = Literal["auto", "reference", "chunked", "pallas_tpu", "pallas_gpu"]
@@ -315,12 +356,21 @@ class Config(Node):
     data: Data = Data()
     optimizer: Optimizer = AdamW()
     train: Train = Train()
+    finetune: Finetune = Finetune()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     sharding: Sharding = Sharding()
     kernels: Kernels = Kernels()
+    distill: Distill | None = None
 
     def check(self) -> None:
+        if self.data.task is not None:
+            self._check_task(self.data.task)
+        if self.distill is not None and self.distill.on_policy and self.distill.prompt_length >= self.data.seq_len:
+            raise ConfigError(
+                "distill.prompt_length",
+                f"={self.distill.prompt_length}: must be below data.seq_len={self.data.seq_len}, to be gone on with",
+            )
         for i, block in enumerate(self.model.blocks()):
             ffn = block.ffn
             if not isinstance(ffn, MoE):
@@ -339,3 +389,12 @@ class Config(Node):
                 raise ConfigError(
                     "data.seq_len", f"={self.data.seq_len}: must divide by group_size={group} of layer {i}"
                 )
+
+    def _check_task(self, task: Task) -> None:
+        if self.model.vocab_size < task.num_ids:
+            raise ConfigError(
+                "model.vocab_size",
+                f"={self.model.vocab_size}: data.source={self.data.source} has {task.num_ids} ids; raise it",
+            )
+        if self.eval.sample_prompts:
+            raise ConfigError("eval.sample_prompts", f": are text, and data.source={self.data.source} has none")

@@ -5,6 +5,7 @@ class, so a user's own mixer needs no entry anywhere; its module has to be impor
 """
 
 import ast
+import copy
 import dataclasses
 import functools
 import json
@@ -20,8 +21,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from hybridlm.config import Config
 from hybridlm.config_check import ConfigError, Node, field_types, suggestion
+from hybridlm.config_tasks import TASKS
 
 NodeT = TypeVar("NodeT", bound=Node)
+
+PRETRAINED = "pretrained"
+"""In the directory of a run that was imported: what came with the weights, its tokenizer among it."""
 
 
 class FileError(ConfigError):
@@ -130,7 +135,8 @@ def dump_json(config: Node, path: str | os.PathLike[str]) -> None:
 def load_json(path: str | os.PathLike[str]) -> Config:
     """The Config that `dump_json` wrote. Raises ConfigError naming the file and the field."""
     try:
-        return from_dict(Config, json.loads(Path(path).read_text(encoding="utf-8")))
+        config = from_dict(Config, json.loads(Path(path).read_text(encoding="utf-8")))
+        return _with_own_tokenizer(config, Path(path).parent)
     except json.JSONDecodeError as error:
         raise FileError(f"{path}:{error.lineno}", f": is not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -139,6 +145,15 @@ def load_json(path: str | os.PathLike[str]) -> Config:
         raise FileError(str(path), f": cannot be read: {error.strerror}") from None
     except ConfigError as error:
         raise FileError(f"{path}: {error.path}", error.message) from None
+
+
+def _with_own_tokenizer(config: Config, run_dir: Path) -> Config:
+    """`config` with the tokenizer that lies in its run's directory, where that has moved."""
+    named = Path(config.data.tokenizer)
+    own = run_dir / PRETRAINED / named.name
+    if config.data.tokenizer == "byte" or named.exists() or not own.is_file():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(own)))
 
 
 def load_run_config(run_dir: str | os.PathLike[str]) -> Config:
@@ -202,6 +217,8 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     Paths may spell `_` as `-`, elements are named by index (`model.pattern.2.mixer.window=512`), values are read as the
     field's type: `1_000` or `1e6` for an int, `true`, `none`, a JSON list for a tuple.
     """
+    assignments = list(assignments)
+    config = _with_named_task(config, assignments)
     data = _plain(config, lambda cls: cls)  # classes, not names: two mixers may share a name
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
@@ -209,6 +226,22 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             raise ConfigError(assignment, ": expected field.path=value, such as train.steps=100")
         _assign(config, data, dotted.lstrip("-").replace("-", "_").split("."), text)
     return from_dict(Config, data)
+
+
+def _with_named_task(config: Config, assignments: Iterable[str]) -> Config:
+    """`config` with the task that the last assignment to `data.source` names, so that its fields can be set as well.
+
+    Nothing is checked: the other assignments are still to come.
+    """
+    pairs = (assignment.partition("=") for assignment in assignments)
+    named = [text for dotted, _, text in pairs if dotted.lstrip("-") == "data.source"]
+    kind = TASKS.get(named[-1]) if named else None
+    if not named or type(config.data.task) is kind:
+        return config
+    data, changed = copy.copy(config.data), copy.copy(config)
+    object.__setattr__(data, "task", None if kind is None else kind())
+    object.__setattr__(changed, "data", data)
+    return changed
 
 
 def _assign(config: Config, data: Any, parts: Sequence[str], text: str) -> None:

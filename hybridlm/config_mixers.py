@@ -30,6 +30,25 @@ class RGLRU(Mixer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Llama3Rope(Node):
+    """Rotary positions stretched for longer contexts, the slower the frequency the more (Llama 3.1, arXiv:2407.21783).
+
+    Wavelengths above `original_length / low_frequency` become `factor` times as long, those below `original_length /
+    high_frequency` stay; between them frequencies are interpolated.
+    """
+
+    factor: PositiveFloat = 8.0
+    low_frequency: PositiveFloat = 1.0
+    high_frequency: PositiveFloat = 4.0
+    original_length: PositiveInt = 8192
+    """Tokens of the context before."""
+
+    def check(self) -> None:
+        if self.high_frequency <= self.low_frequency:
+            raise ConfigError("high_frequency", f"={self.high_frequency}: must be above {self.low_frequency}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention(Mixer):
     """Causal softmax attention; local when `window` is set. MQA and GQA by `num_kv_heads`."""
 
@@ -42,11 +61,47 @@ class Attention(Mixer):
     rope_fraction: Fraction = 1.0
     """Share of each head that is rotated; 0 switches rotary positions off."""
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: Llama3Rope | None = None
     logit_soft_cap: PositiveFloat | None = None
     qk_norm: bool = False
     out_gate: bool = False
     """Outputs are multiplied by sigmoid(W_g x), as in Qwen3-Next."""
     out_bias: bool = False
+    qkv_bias: bool = False
+    """Of queries, keys and values, as in Qwen2."""
+
+    def check(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError("num_heads", f"={self.num_heads}: must divide by num_kv_heads={self.num_kv_heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liger(Mixer):
+    """A gated linear recurrence and local attention with one set of weights, those of an `Attention` (Lan et al., 2025,
+    arXiv:2503.01496). The fields of both configs mean the same; `hybridlm linearize` makes it of one.
+    """
+
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt | None = None
+    """Model width / num_heads when absent."""
+    window: PositiveInt = 64
+    """Of the local attention: a token sees itself and the `window - 1` tokens before it."""
+    recurrence: Literal["gla", "simple_gla", "gated_deltanet"] = "gla"
+    """`gla`, as published, has a decay per channel of the key; the others, which are ours, one per head."""
+    window_weight: Fraction = 0.5
+    """Of the local attention in the output; the recurrence has the rest."""
+    decay_temperature: PositiveFloat = 16.0
+    """Decays are sigmoid(z)^(1 / temperature)."""
+    rope_fraction: Fraction = 1.0
+    """Of the local attention; the recurrence has no rotary positions."""
+    rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: Llama3Rope | None = None
+    logit_soft_cap: PositiveFloat | None = None
+    qk_norm: bool = False
+    out_gate: bool = False
+    out_bias: bool = False
+    qkv_bias: bool = False
 
     def check(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -33,7 +33,7 @@ class GatedMLP(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Aux, Carry]:
         tokens = merge_tokens(x)
         y = self.down(self.activation(self.gate(tokens)) * self.up(tokens))
-        return split_tokens(y, x.shape[0]), {}, carry
+        return split_tokens(y, x), {}, carry
 
     @staticmethod
     def flops(cfg: config.GatedMLP, context: Context) -> int:

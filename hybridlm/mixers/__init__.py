@@ -9,6 +9,7 @@ from hybridlm.mixers.gated_linear_attention import GatedLinearAttention
 from hybridlm.mixers.gated_slot_attention import GatedSlotAttention
 from hybridlm.mixers.hgrn2 import HGRN2
 from hybridlm.mixers.kimi_delta_attention import KimiDeltaAttention
+from hybridlm.mixers.liger import Liger
 from hybridlm.mixers.mamba2 import Mamba2
 from hybridlm.mixers.retnet import RetNet
 from hybridlm.mixers.rglru import RGLRU
@@ -33,6 +34,26 @@ register(
         config.Attention(num_heads=4, num_kv_heads=2),
         config.Attention(num_heads=2, num_kv_heads=1, head_dim=12, window=7, rope_fraction=0.5, logit_soft_cap=20.0),
         config.Attention(num_heads=4, num_kv_heads=4, window=5, qk_norm=True, out_gate=True, out_bias=True),
+    ),
+)
+register(
+    config.Liger,
+    Liger,
+    examples=(
+        config.Liger(num_heads=4, num_kv_heads=2, window=6),
+        config.Liger(num_heads=4, num_kv_heads=1, head_dim=6, window=7, recurrence="simple_gla", logit_soft_cap=20.0),
+        config.Liger(
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=10,
+            window=5,
+            recurrence="gated_deltanet",
+            window_weight=0.25,
+            rope_fraction=0.5,
+            qk_norm=True,
+            out_gate=True,
+            out_bias=True,
+        ),
     ),
 )
 register(

@@ -7,21 +7,29 @@ logit soft cap, which it lacks.
 Letters: b batch, t time, h query heads, g key-value heads, k head dim, s keys.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from hybridlm_kernels.shards import Axis
 from hybridlm_kernels.target import target_of
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
+from hybridlm.mixers.attend_across import attend_across
 from hybridlm.mixers.base import Segments, State
 
 QUERY_BLOCK = 256
 """Queries per block outside TPU: a block's scores at window 1024 are 256 x 1279 per head."""
 SPLASH_BLOCK = 512
+MAX_GRID_STEPS = 2**18
+"""Of the TPU kernel, which keeps 3 bytes of each in 1 MiB of scalar memory: 256k tokens without a window."""
 LANES = 128
+OF_PADDING = -(2**31)
+"""What padding has in place of its document's first index."""
 
 
 def attended_tokens(length: int, window: int | None) -> float:
@@ -38,44 +46,70 @@ def attend(
     *,
     window: int | None,
     soft_cap: float | None,
+    axis: Axis | None = None,
 ) -> Float[Array, "b t h k"]:
-    """Causal attention within each document. Outputs of padding tokens are finite and meaningless."""
-    if target_of().platform == "tpu" and q.shape[1] >= LANES:
-        return splash_attention(q, k, v, segments, window=window, soft_cap=soft_cap)
-    return blocked_attention(q, k, v, segments, window=window, soft_cap=soft_cap)
+    """Causal attention within each document. Outputs of padding tokens are finite and meaningless.
+
+    Inside a `jax.shard_map` whose devices hold stretches of one sequence, `axis` names the mesh axes it is cut over.
+    """
+    num = 1 if axis is None else jax.lax.axis_size(axis)
+    if window is not None and window >= num * q.shape[1]:
+        window = None
+    attention = partial(_attend_keys, window=window, soft_cap=soft_cap)
+    if axis is None or num == 1:
+        return attention(q, k, v, segments)
+    return attend_across(attention, q, k, v, segments, window=window, axis=axis)
 
 
-def blocked_attention(
+def _attend_keys(
     q: Float[Array, "b t h k"],
-    k: Float[Array, "b t g k"],
-    v: Float[Array, "b t g k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g k"],
     segments: Segments,
     *,
     window: int | None,
     soft_cap: float | None,
 ) -> Float[Array, "b t h k"]:
-    """Blocks of queries one after another; the backward pass recomputes each block's scores."""
-    t = q.shape[1]
+    on_tpu = target_of().platform == "tpu" and q.shape[1] >= LANES
+    return (splash_attention if on_tpu else blocked_attention)(q, k, v, segments, window=window, soft_cap=soft_cap)
+
+
+def blocked_attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g k"],
+    segments: Segments,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+) -> Float[Array, "b t h k"]:
+    """Blocks of queries one after another; the backward pass recomputes each block's scores.
+
+    The last t of the s keys and segments are the queries' own; those before them, fewer than the window, come first.
+    """
+    t, before = q.shape[1], k.shape[1] - q.shape[1]
     if t <= QUERY_BLOCK:
-        return _weigh_values(q, k, v, _training_mask(segments, segments, 0, 0, window), soft_cap)
+        queries = Segments(*(x[:, before:] for x in segments))
+        return _weigh_values(q, k, v, _training_mask(queries, segments, before, 0, window), soft_cap)
     block, padding = QUERY_BLOCK, -t % QUERY_BLOCK
-    # A block sees `before` keys ahead of it, or simply all keys where its window reaches that far.
-    before = 0 if window is None or window - 1 + block >= t else window - 1
-    span = before + block if before else t + padding
-    ids, positions = (jnp.pad(x, ((0, 0), (before, padding))) for x in segments)
+    if window is None or window - 1 + block >= before + t:  # a block sees all keys
+        lead, stride, span = 0, 0, before + t + padding
+    else:  # the keys that its window reaches
+        lead, stride, span = window - 1 - before, 1, window - 1 + block
+    ids, positions = (jnp.pad(x, ((0, 0), (lead, padding))) for x in segments)
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    k, v = (jnp.pad(x, ((0, 0), (before, padding), (0, 0), (0, 0))) for x in (k, v))
+    k, v = (jnp.pad(x, ((0, 0), (lead, padding), (0, 0), (0, 0))) for x in (k, v))
 
     @jax.checkpoint
     def one_block(first: Array) -> Array:
-        key_start = first if before else jnp.zeros_like(first)
+        query_start, key_start = lead + before + first, stride * first
 
         def cut(x: Array, start: Array, size: int) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-        queries = Segments(cut(ids, first + before, block), cut(positions, first + before, block))
+        queries = Segments(cut(ids, query_start, block), cut(positions, query_start, block))
         keys = Segments(cut(ids, key_start, span), cut(positions, key_start, span))
-        mask = _training_mask(queries, keys, first + before, key_start, window)
+        mask = _training_mask(queries, keys, query_start, key_start, window)
         return _weigh_values(cut(q, first, block), cut(k, key_start, span), cut(v, key_start, span), mask, soft_cap)
 
     blocks = jax.lax.map(one_block, jnp.arange(0, t + padding, block))  # n b block h k
@@ -84,27 +118,46 @@ def blocked_attention(
 
 def splash_attention(
     q: Float[Array, "b t h k"],
-    k: Float[Array, "b t g k"],
-    v: Float[Array, "b t g k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g k"],
     segments: Segments,
     *,
     window: int | None,
     soft_cap: float | None,
     interpret: bool = False,
 ) -> Float[Array, "b t h k"]:
-    """JAX's Pallas kernel for TPU; skips the blocks outside the window. `interpret` runs it on any device."""
-    t, head_dim = q.shape[1], q.shape[3]
+    """JAX's Pallas kernel for TPU; skips the blocks outside the window. `interpret` runs it on any device.
+
+    Queries that make too large a grid of blocks are halved. The last t of the s keys and segments are the queries' own.
+    """
+    t, before, head_dim = q.shape[1], k.shape[1] - q.shape[1], q.shape[3]
     block = min(SPLASH_BLOCK, t + -t % LANES)
-    time_padding, head_padding = -t % block, -head_dim % LANES
-    # The kernel compares ids for equality: a document's first index is unique where its id may come twice.
-    first = jnp.arange(t, dtype=jnp.int32) - segments.positions
-    first = jnp.pad(jnp.where(segments.ids != 0, first, -1), ((0, 0), (0, time_padding)), constant_values=-1)
+    reach = before + t if window is None else min(window, before + t)
+    if t > block and -(-t // block) * -(-reach // block) > MAX_GRID_STEPS:
+        half = block * (t // block // 2 or 1)
+        halves = []
+        for start, stop in ((0, half), (half, t)):
+            first_key = 0 if window is None else max(0, before + start - window + 1)
+            ends = (first_key, before + stop)
+            keys = [jax.tree.map(lambda x, ends=ends: x[:, slice(*ends)], part) for part in (k, v, segments)]
+            attention = partial(splash_attention, window=window, soft_cap=soft_cap, interpret=interpret)
+            halves.append(attention(q[:, start:stop], *keys))
+        return jnp.concatenate(halves, axis=1)
+    query_padding, head_padding = -t % block, -head_dim % LANES
+    key_padding = query_padding + -before % block  # a padded query, too, has its own key: no row of scores is empty
+    # The kernel compares ids for equality: a document's first index is unique where its id may come twice. It counts
+    # from the first query, so it may be negative.
+    first = jnp.arange(-before, t, dtype=jnp.int32) - segments.positions
+    first = jnp.where(segments.ids != 0, first, OF_PADDING)
+    ids = (
+        jnp.pad(x, ((0, 0), (0, padding)), constant_values=OF_PADDING)
+        for x, padding in ((first[:, before:], query_padding), (first, key_padding))
+    )
     q, k, v = (
-        jnp.swapaxes(jnp.pad(x, ((0, 0), (0, time_padding), (0, 0), (0, head_padding))), 1, 2)
-        for x in (q * head_dim**-0.5, k, v)
+        jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, head_padding))), 1, 2)
+        for x, padding in ((q * head_dim**-0.5, query_padding), (k, key_padding), (v, key_padding))
     )  # b h t k
-    square = (t + time_padding, t + time_padding)
-    mask = splash_mask.CausalMask(square) if window is None else splash_mask.LocalMask(square, (window - 1, 0), 0)
+    mask = Band((q.shape[2], k.shape[2]), (None if window is None else window - 1, 0), offset=before)
     kernel = splash.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * q.shape[1]),
         head_shards=1,
@@ -122,8 +175,26 @@ def splash_attention(
         ),
         interpret=interpret,
     )
-    o: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(first, first))
+    o: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(*ids))
     return jnp.swapaxes(o, 1, 2)[:, :t, :, :head_dim].astype(v.dtype)
+
+
+class Band(splash_mask.LocalMask):
+    """JAX's mask of a window, with one value for a block that lies wholly within it or outside.
+
+    When it is traced the kernel asks every block for any and all of its pairs; comparing all pairs of 128k tokens takes
+    45 s.
+    """
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = idx
+        nearest = queries.start + self.offset - (keys.stop - 1)
+        farthest = queries.stop - 1 + self.offset - keys.start
+        reach = np.inf if self.window_size[0] is None else self.window_size[0]
+        within, outside = nearest >= 0 and farthest <= reach, farthest < 0 or nearest > reach
+        if within or outside:
+            return np.full((1, 1), within)
+        return super().__getitem__(idx)
 
 
 def _training_mask(

@@ -12,10 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hybridlm import config
-from hybridlm.layers import RMSNorm, fan_in_normal, rope
+from hybridlm.layers import RMSNorm, contract, fan_in_normal, rope
 from hybridlm.mixers.attend import attend, attend_cached, attended_tokens
 from hybridlm.mixers.base import Carry, Context, Segments, State
-from hybridlm.sharding import constrain, out_sharding, param, per_device
+from hybridlm.sharding import RULES, constrain, is_time_cut, param, per_device
 
 
 class Attention(nnx.Module):
@@ -37,57 +37,36 @@ class Attention(nnx.Module):
         self.w_g = param(rngs, (d, h, k), ("embed", "heads", None), fan_in_normal(1.0)) if cfg.out_gate else None
         self.w_o = param(rngs, (h, k, d), ("heads", None, "embed"), fan_in_normal(2.0 / context.num_layers, (0, 1)))
         self.b_o = param(rngs, (d,), (None,), nnx.initializers.zeros) if cfg.out_bias else None
-        self.q_norm = RMSNorm(rngs, k, context.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(rngs, k, context.norm_eps) if cfg.qk_norm else None
+        bias = cfg.qkv_bias
+        self.b_q = param(rngs, (h, k), ("heads", None), nnx.initializers.zeros) if bias else None
+        self.b_k = param(rngs, (g, k), (self.kv_axis, None), nnx.initializers.zeros) if bias else None
+        self.b_v = param(rngs, (g, k), (self.kv_axis, None), nnx.initializers.zeros) if bias else None
+        norm = partial(RMSNorm, rngs, k, context.norm_eps, offset=context.norm_offset)
+        self.q_norm = norm() if cfg.qk_norm else None
+        self.k_norm = norm() if cfg.qk_norm else None
 
     def __call__(
         self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry
     ) -> tuple[Float[Array, "b t d"], State | None, Carry]:
         cfg = self.cfg
-        q = self._project(x, self.w_q, "heads")
-        k = self._project(x, self.w_k, self.kv_axis)
-        v = self._project(x, self.w_v, self.kv_axis)
+        q = project(x, self.w_q, "heads", self.b_q)
+        k = project(x, self.w_k, self.kv_axis, self.b_k)
+        v = project(x, self.w_v, self.kv_axis, self.b_v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rope(q, segments.positions, fraction=cfg.rope_fraction, theta=cfg.rope_theta)
-        k = rope(k, segments.positions, fraction=cfg.rope_fraction, theta=cfg.rope_theta)
-        rows: Any = ("batch", None)
-        heads = ("batch", None, "heads", None)
-        kv = ("batch", None, self.kv_axis, None)
-        options: Any = {"window": cfg.window, "soft_cap": cfg.logit_soft_cap}
-        if state is None:
-            local = per_device(partial(attend, **options), (heads, kv, kv, Segments(rows, rows)), heads)
-            o = local(q, k, v, segments)
-        else:
-            cache = {"k": kv, "v": kv, "start": rows, "order": rows, "count": ("batch",)}
-            local = per_device(
-                partial(attend_cached, **options), (heads, kv, kv, Segments(rows, rows), cache), (heads, cache)
-            )
-            o, state = local(q, k, v, segments, state)
-        if self.w_g is not None:
-            o = o * jax.nn.sigmoid(self._project(x, self.w_g, "heads"))
-        y = jnp.einsum(
-            "bthk,hkd->btd", o, self.w_o[...].astype(x.dtype), out_sharding=out_sharding("batch", None, None)
+        rotary: Any = {"fraction": cfg.rope_fraction, "theta": cfg.rope_theta, "scaling": cfg.rope_scaling}
+        q, k = rope(q, segments.positions, **rotary), rope(k, segments.positions, **rotary)
+        o, state = attend_heads(
+            q, k, v, segments, state, window=cfg.window, soft_cap=cfg.logit_soft_cap, kv_axis=self.kv_axis
         )
+        if self.w_g is not None:
+            o = o * jax.nn.sigmoid(project(x, self.w_g, "heads"))
+        y = contract("bthk,hkd->btd", o, self.w_o[...], "sequences", "time", None)
         return y if self.b_o is None else y + self.b_o[...].astype(x.dtype), state, carry
 
-    def _project(self, x: Float[Array, "b t d"], w: nnx.Param[Array], axis: str | None) -> Float[Array, "b t h k"]:
-        sharding = out_sharding("batch", None, axis, None)
-        return jnp.einsum("btd,dhk->bthk", x, w[...].astype(x.dtype), out_sharding=sharding)
-
     def init_state(self, batch: int, length: int) -> State:
-        slots = length if self.cfg.window is None else min(self.cfg.window, length)
-        kv = jnp.zeros(
-            (batch, slots, self.cfg.num_kv_heads, head_dim(self.cfg, self.context.width)), self.context.dtype
-        )
-        empty = constrain(jnp.full((batch, slots), -1, jnp.int32), "batch", None)
-        return {
-            "k": constrain(kv, "batch", None, self.kv_axis, None),
-            "v": constrain(kv, "batch", None, self.kv_axis, None),
-            "start": empty,
-            "order": empty,
-            "count": constrain(jnp.zeros((batch,), jnp.int32), "batch"),
-        }
+        cfg, k = self.cfg, head_dim(self.cfg, self.context.width)
+        return init_cache(batch, length, cfg.window, (cfg.num_kv_heads, k), self.context.dtype, self.kv_axis)
 
     @staticmethod
     def flops(cfg: config.Attention, context: Context, length: int) -> int:
@@ -96,5 +75,54 @@ class Attention(nnx.Module):
         return round(2 * (projections + 2 * cfg.num_heads * k * attended_tokens(length, cfg.window)))
 
 
-def head_dim(cfg: config.Attention, width: int) -> int:
+def project(
+    x: Float[Array, "b t d"], w: nnx.Param[Array], axis: str | None, bias: nnx.Param[Array] | None = None
+) -> Float[Array, "b t h k"]:
+    """x W + bias for W [d, h, k] and a bias [h, k]; the heads lie along `axis`."""
+    y = contract("btd,dhk->bthk", x, w[...], "sequences", "time", axis, None)
+    return y if bias is None else y + bias[...].astype(x.dtype)
+
+
+def attend_heads(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    segments: Segments,
+    state: State | None,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    kv_axis: str | None,
+) -> tuple[Float[Array, "b t h k"], State | None]:
+    """Softmax attention of heads that are spread over devices, and the cache (see `init_cache`) with them in it."""
+    rows: Any = ("sequences", "time")
+    heads = ("sequences", "time", "heads", None)
+    kv = ("sequences", "time", kv_axis, None)
+    options: Any = {"window": window, "soft_cap": soft_cap}
+    if state is None:
+        across = partial(attend, **options, axis=RULES["time"] if is_time_cut(q) else None)
+        return per_device(across, (heads, kv, kv, Segments(rows, rows)), heads)(q, k, v, segments), None
+    held, kept = ("sequences",), ("sequences", None, kv_axis, None)
+    cache = {"k": kept, "v": kept, "start": held, "order": held, "count": held}
+    local = per_device(partial(attend_cached, **options), (heads, kv, kv, Segments(rows, rows), cache), (heads, cache))
+    return local(q, k, v, segments, state)
+
+
+def init_cache(
+    batch: int, length: int, window: int | None, heads: tuple[int, int], dtype: Any, kv_axis: str | None
+) -> State:
+    """An empty ring for `attend_heads`, of as many tokens as a window reaches; `heads` are (g, k)."""
+    slots = length if window is None else min(window, length)
+    kv = jnp.zeros((batch, slots, *heads), dtype)
+    empty = constrain(jnp.full((batch, slots), -1, jnp.int32), "sequences", None)
+    return {
+        "k": constrain(kv, "sequences", None, kv_axis, None),
+        "v": constrain(kv, "sequences", None, kv_axis, None),
+        "start": empty,
+        "order": empty,
+        "count": constrain(jnp.zeros((batch,), jnp.int32), "sequences"),
+    }
+
+
+def head_dim(cfg: config.Attention | config.Liger, width: int) -> int:
     return width // cfg.num_heads if cfg.head_dim is None else cfg.head_dim

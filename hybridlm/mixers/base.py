@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridlm import config
+from hybridlm.sharding import is_time_cut
 
 State = dict[str, Array]
 """A mixer's recurrent state or cache: arrays with the batch axis first."""
@@ -40,6 +41,8 @@ class Context:
     kernels: config.Kernels
     ffns: tuple[config.FFN | None, ...] = ()
     """Of all layers in order."""
+    norm_offset: bool = True
+    """Whether norms multiply by 1 + scale."""
 
 
 class Mixer(Protocol):
@@ -82,4 +85,7 @@ def document_numbers(segments: Segments) -> Int[Array, "b t"]:
     Positions say where a document begins; an id may come back.
     """
     real = segments.ids != 0
+    if is_time_cut(segments.ids):
+        # Where it began, which each device knows of its own tokens; in training a document is in one piece.
+        return jnp.where(real, 1 + jnp.arange(real.shape[1]) - segments.positions, 0)
     return jnp.where(real, 1 + jnp.cumsum(real & (segments.positions == 0), axis=1, dtype=jnp.int32), 0)

@@ -66,7 +66,7 @@ class DeltaProduct(nnx.Module):
             2.0 * beta if self.cfg.allow_neg_eigval else beta,
             None if self.decay is None else pad_steps(self.decay(x), n, at=0),
             s0=None if state is None else state["s"],
-            segment_ids=jnp.repeat(segments.ids, n, axis=1),
+            segment_ids=(segments.ids[:, :, None] + jnp.zeros(n, jnp.int32)).reshape(x.shape[0], -1),
             # A document begins with the first step of its first token alone.
             positions=(n * segments.positions[:, :, None] + jnp.arange(n)).reshape(x.shape[0], -1),
             impl=self.context.kernels.gated_delta_rule,
@@ -81,7 +81,7 @@ class DeltaProduct(nnx.Module):
     def init_state(self, batch: int, length: int) -> State:
         r, v = value_shape(self.cfg)
         s = jnp.zeros((batch, r, self.cfg.head_dim, v), jnp.float32)
-        return init_all(self._convolved(), batch) | {"s": constrain(s, "batch", "heads", None, None)}
+        return init_all(self._convolved(), batch) | {"s": constrain(s, "sequences", "heads", None, None)}
 
     @staticmethod
     def flops(cfg: config.DeltaProduct, context: Context, length: int) -> int:

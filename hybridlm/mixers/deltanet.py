@@ -73,7 +73,7 @@ class DeltaNet(nnx.Module):
 
     def init_state(self, batch: int, length: int) -> State:
         s = jnp.zeros((batch, self.cfg.num_heads, self.cfg.head_dim, value_dim(self.cfg)), jnp.float32)
-        return init_all(self._convolved(), batch) | {"s": constrain(s, "batch", "heads", None, None)}
+        return init_all(self._convolved(), batch) | {"s": constrain(s, "sequences", "heads", None, None)}
 
     @staticmethod
     def flops(cfg: config.DeltaNet, context: Context, length: int) -> int:

@@ -74,7 +74,7 @@ class GatedDeltaNet(nnx.Module):
     def init_state(self, batch: int, length: int) -> State:
         r, v = value_shape(self.cfg)
         s = jnp.zeros((batch, r, self.cfg.head_dim, v), jnp.float32)
-        return init_all(self._convolved(), batch) | {"s": constrain(s, "batch", "heads", None, None)}
+        return init_all(self._convolved(), batch) | {"s": constrain(s, "sequences", "heads", None, None)}
 
     @staticmethod
     def flops(cfg: config.GatedDeltaNet, context: Context, length: int) -> int:

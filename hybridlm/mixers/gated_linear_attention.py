@@ -9,11 +9,11 @@ from hybridlm_kernels import gated_linear_attention
 from jaxtyping import Array, Float
 
 from hybridlm import config
-from hybridlm.layers import fan_in_normal
+from hybridlm.layers import contract, fan_in_normal
 from hybridlm.mixers.base import Carry, Context, Segments, State
 from hybridlm.mixers.decays import log_sigmoid_decay
 from hybridlm.mixers.heads import GatedRMSNorm, HeadProjection, into_heads, project_out, recurrence_flops
-from hybridlm.sharding import constrain, out_sharding, param
+from hybridlm.sharding import constrain, param
 
 
 class GatedLinearAttention(nnx.Module):
@@ -42,8 +42,7 @@ class GatedLinearAttention(nnx.Module):
         q, _ = self.q(x, segments)
         k, _ = self.k(x, segments)
         v, _ = self.v(x, segments)
-        whole = out_sharding("batch", None, None)
-        low = jnp.einsum("btd,dr->btr", x, self.w_decay1[...].astype(x.dtype), out_sharding=whole)
+        low = contract("btd,dr->btr", x, self.w_decay1[...], "sequences", "time", None)
         log_decay = log_sigmoid_decay(low, self.w_decay2, self.b_decay, temperature=self.cfg.decay_temperature)
         o, s = gated_linear_attention(
             q,
@@ -61,7 +60,7 @@ class GatedLinearAttention(nnx.Module):
     def init_state(self, batch: int, length: int) -> State:
         cfg = self.cfg
         s = jnp.zeros((batch, cfg.num_heads, cfg.head_dim, cfg.value_head_dim), jnp.float32)
-        return {"s": constrain(s, "batch", "heads", None, None)}
+        return {"s": constrain(s, "sequences", "heads", None, None)}
 
     @staticmethod
     def flops(cfg: config.GatedLinearAttention, context: Context, length: int) -> int:

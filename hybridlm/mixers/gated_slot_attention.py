@@ -68,8 +68,8 @@ class GatedSlotAttention(nnx.Module):
         keys = jnp.zeros((batch, cfg.num_heads, cfg.num_slots, cfg.head_dim), jnp.float32)
         values = jnp.zeros((batch, cfg.num_heads, cfg.num_slots, cfg.value_head_dim), jnp.float32)
         return {
-            "slot_keys": constrain(keys, "batch", "heads", None, None),
-            "slot_values": constrain(values, "batch", "heads", None, None),
+            "slot_keys": constrain(keys, "sequences", "heads", None, None),
+            "slot_values": constrain(values, "sequences", "heads", None, None),
         }
 
     @staticmethod

@@ -21,7 +21,7 @@ class GroupRMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
         wide = x.astype(jnp.float32)
         # A group may be cut over devices: they exchange one number per head and token.
-        square = constrain(jnp.mean(wide * wide, axis=-1), "batch", None, None)  # b t h
+        square = constrain(jnp.mean(wide * wide, axis=-1), "sequences", "time", None)  # b t h
         square = jnp.mean(square.reshape(*x.shape[:2], self.num_groups, -1), axis=-1)  # b t g
-        square = constrain(jnp.repeat(square, x.shape[2] // self.num_groups, axis=-1), "batch", None, "heads")
+        square = constrain(jnp.repeat(square, x.shape[2] // self.num_groups, axis=-1), "sequences", "time", "heads")
         return (wide * jax.lax.rsqrt(square[..., None] + self.eps) * self.scale[...]).astype(x.dtype)

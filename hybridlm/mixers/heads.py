@@ -14,9 +14,9 @@ from hybridlm_kernels import short_conv
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from hybridlm.layers import fan_in_normal, merge_tokens, split_tokens
+from hybridlm.layers import contract, fan_in_normal, merge_tokens, split_tokens
 from hybridlm.mixers.base import Context, Segments, State, continues, document_numbers
-from hybridlm.sharding import constrain, out_sharding, param
+from hybridlm.sharding import constrain, param
 
 ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
     None: lambda x: x,
@@ -83,7 +83,7 @@ class HeadProjection(nnx.Module):
         if self.conv is None:
             return None
         width, num_heads, head_dim = self.conv.shape
-        return constrain(jnp.zeros((batch, width - 1, num_heads * head_dim), jnp.float32), "batch", None, "heads")
+        return constrain(jnp.zeros((batch, width - 1, num_heads * head_dim), jnp.float32), "sequences", None, "heads")
 
 
 class HeadDecay(nnx.Module):
@@ -153,24 +153,19 @@ def l2_normalize(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
 
 def project_heads(x: Float[Array, "b t d"], w: nnx.Param[Array], dtype: Any = None) -> Float[Array, "b t h k"]:
     """x W for W [d, h, k], in x's dtype or another that the products are summed in."""
-    sharding = out_sharding("batch", "heads", None)
-    weight = w[...].astype(x.dtype)
-    heads = jnp.einsum("nd,dhk->nhk", merge_tokens(x), weight, preferred_element_type=dtype, out_sharding=sharding)
-    return split_tokens(heads, x.shape[0])
+    heads = contract("nd,dhk->nhk", merge_tokens(x), w[...], "batch", "heads", None, dtype=dtype)
+    return split_tokens(heads, x)
 
 
 def project_gates(x: Float[Array, "b t d"], w: nnx.Param[Array]) -> Float[Array, "b t h"]:
     """x W in float32 for W [d, h]: one number per head, for gates and decays, which bfloat16 is too coarse for."""
-    sharding = out_sharding("batch", "heads")
-    weight = w[...].astype(x.dtype)
-    gates = jnp.dot(merge_tokens(x), weight, preferred_element_type=jnp.float32, out_sharding=sharding)
-    return split_tokens(gates, x.shape[0])
+    gates = contract("nd,dh->nh", merge_tokens(x), w[...], "batch", "heads", dtype=jnp.float32)
+    return split_tokens(gates, x)
 
 
 def project_out(heads: Float[Array, "b t h k"], w: nnx.Param[Array]) -> Float[Array, "b t d"]:
     """Heads back to the model width, for W [h, k, d]."""
-    sharding = out_sharding("batch", None, None)
-    return jnp.einsum("bthk,hkd->btd", heads, w[...].astype(heads.dtype), out_sharding=sharding)
+    return contract("bthk,hkd->btd", heads, w[...], "sequences", "time", None)
 
 
 def split_heads(x: Float[Array, "*b c"], num_heads: int) -> Float[Array, "*b h k"]:

@@ -10,7 +10,7 @@ from hybridlm_kernels import gated_delta_rule
 from jaxtyping import Array, Float
 
 from hybridlm import config
-from hybridlm.layers import fan_in_normal, merge_tokens, split_tokens
+from hybridlm.layers import contract, fan_in_normal, merge_tokens, split_tokens
 from hybridlm.mixers.base import Carry, Context, Segments, State
 from hybridlm.mixers.heads import (
     GatedRMSNorm,
@@ -27,7 +27,7 @@ from hybridlm.mixers.heads import (
     recurrence_flops,
     step_size_bias,
 )
-from hybridlm.sharding import constrain, out_sharding, param
+from hybridlm.sharding import constrain, param
 
 
 class KimiDeltaAttention(nnx.Module):
@@ -93,7 +93,7 @@ class KimiDeltaAttention(nnx.Module):
     def init_state(self, batch: int, length: int) -> State:
         r, v = value_shape(self.cfg)
         s = jnp.zeros((batch, r, self.cfg.head_dim, v), jnp.float32)
-        return init_all(self._convolved(), batch) | {"s": constrain(s, "batch", "heads", None, None)}
+        return init_all(self._convolved(), batch) | {"s": constrain(s, "sequences", "heads", None, None)}
 
     @staticmethod
     def flops(cfg: config.KimiDeltaAttention, context: Context, length: int) -> int:
@@ -106,8 +106,7 @@ class KimiDeltaAttention(nnx.Module):
 
 def project_down(x: Float[Array, "b t d"], w: nnx.Param[Array]) -> Float[Array, "b t v"]:
     """x W for W [d, v], the same on every device of the heads' axis."""
-    sharding = out_sharding("batch", None)
-    return split_tokens(jnp.dot(merge_tokens(x), w[...].astype(x.dtype), out_sharding=sharding), x.shape[0])
+    return split_tokens(contract("nd,dv->nv", merge_tokens(x), w[...], "batch", None), x)
 
 
 def value_shape(cfg: config.KimiDeltaAttention) -> tuple[int, int]:

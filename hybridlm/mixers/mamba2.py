@@ -12,7 +12,7 @@ from hybridlm_kernels import gated_linear_attention, short_conv
 from jaxtyping import Array, Float
 
 from hybridlm import config
-from hybridlm.layers import fan_in_normal
+from hybridlm.layers import contract, fan_in_normal
 from hybridlm.mixers.base import Carry, Context, Segments, State, continues, document_numbers
 from hybridlm.mixers.group_norm import GroupRMSNorm
 from hybridlm.mixers.heads import (
@@ -29,7 +29,7 @@ from hybridlm.mixers.heads import (
     step_size_bias,
     uniform_taps,
 )
-from hybridlm.sharding import axis_size, constrain, out_sharding, param
+from hybridlm.sharding import axis_size, constrain, param
 
 
 class Mamba2(nnx.Module):
@@ -86,8 +86,7 @@ class Mamba2(nnx.Module):
         self, u: Float[Array, "b t d"], segments: Segments, held: Float[Array, "b w c"] | None
     ) -> tuple[Float[Array, "b t g n"], Float[Array, "b t g n"], Float[Array, "b w c"]]:
         """B and C, each group once on each device that has heads of it, and the last inputs of their convolution."""
-        whole = out_sharding("batch", None, None, None)
-        bc = jnp.einsum("btd,dgn->btgn", u, self.w_bc[...].astype(u.dtype), out_sharding=whole)
+        bc = contract("btd,dgn->btgn", u, self.w_bc[...], "sequences", "time", None, None)
         bc, held = short_conv(
             merge_heads(bc),
             merge_heads(self.conv_bc[...]),
@@ -100,7 +99,7 @@ class Mamba2(nnx.Module):
         g, devices = self.cfg.num_groups, axis_size("heads")
         b, c = jnp.split(split_heads(bc, 2 * g), 2, axis=2)
         copies = devices // math.gcd(g, devices)
-        b, c = (constrain(jnp.repeat(part, copies, axis=2), "batch", None, "heads", None) for part in (b, c))
+        b, c = (constrain(jnp.repeat(part, copies, axis=2), "sequences", "time", "heads", None) for part in (b, c))
         return b, c, held
 
     def init_state(self, batch: int, length: int) -> State:
@@ -108,9 +107,9 @@ class Mamba2(nnx.Module):
         s = jnp.zeros((batch, cfg.num_heads, cfg.state_dim, cfg.head_dim), jnp.float32)
         bc = jnp.zeros((batch, cfg.conv_width - 1, 2 * cfg.num_groups * cfg.state_dim), jnp.float32)
         return {
-            "s": constrain(s, "batch", "heads", None, None),
+            "s": constrain(s, "sequences", "heads", None, None),
             **init_all({"conv_x": self.x}, batch),
-            "conv_bc": constrain(bc, "batch", None, None),
+            "conv_bc": constrain(bc, "sequences", None, None),
         }
 
     @staticmethod

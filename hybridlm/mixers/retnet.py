@@ -59,7 +59,7 @@ class RetNet(nnx.Module):
     def init_state(self, batch: int, length: int) -> State:
         cfg = self.cfg
         s = jnp.zeros((batch, cfg.num_heads, cfg.head_dim, cfg.value_head_dim), jnp.float32)
-        return {"s": constrain(s, "batch", "heads", None, None)}
+        return {"s": constrain(s, "sequences", "heads", None, None)}
 
     @staticmethod
     def flops(cfg: config.RetNet, context: Context, length: int) -> int:

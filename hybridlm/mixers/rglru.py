@@ -45,13 +45,13 @@ class RGLRU(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry
     ) -> tuple[Float[Array, "b t d"], State | None, Carry]:
-        batch, tokens = x.shape[0], merge_tokens(x)
+        tokens = merge_tokens(x)
         y = jax.nn.gelu(self.in_y(tokens))
         h0 = conv0 = None
         if state is not None:
             h0, conv0 = state["h"], jnp.where(continues(segments)[:, None, None], state["conv"], 0.0)
         u, conv = short_conv(
-            split_tokens(self.in_x(tokens), batch),
+            split_tokens(self.in_x(tokens), x),
             self.w_conv[...],
             bias=self.b_conv[...],
             state=conv0,
@@ -62,8 +62,8 @@ class RGLRU(nnx.Module):
         tokens32 = merge_tokens(u.astype(jnp.float32))
         h, h_last = rg_lru(
             u,
-            split_tokens(self._gate(tokens32, self.w_gate_a, self.b_gate_a), batch),
-            split_tokens(self._gate(tokens32, self.w_gate_x, self.b_gate_x), batch),
+            split_tokens(self._gate(tokens32, self.w_gate_a, self.b_gate_a), x),
+            split_tokens(self._gate(tokens32, self.w_gate_x, self.b_gate_x), x),
             self.decay[...],
             h0=h0,
             segment_ids=segments.ids,
@@ -73,7 +73,7 @@ class RGLRU(nnx.Module):
         )
         new_state = None if state is None else {"h": h_last, "conv": conv}
         out = self.out(y * merge_tokens(h.astype(y.dtype)))
-        return split_tokens(out, batch), new_state, carry
+        return split_tokens(out, x), new_state, carry
 
     def _gate(self, u: Float[Array, "bt e"], w: nnx.Param[Array], bias: nnx.Param[Array]) -> Float[Array, "bt e"]:
         """Block-diagonal linear map, so that tensor parallelism needs no communication here."""
@@ -83,7 +83,7 @@ class RGLRU(nnx.Module):
     def init_state(self, batch: int, length: int) -> State:
         h = jnp.zeros((batch, self.cfg.width), jnp.float32)
         conv = jnp.zeros((batch, self.cfg.conv_width - 1, self.cfg.width), jnp.float32)
-        return {"h": constrain(h, "batch", "lru"), "conv": constrain(conv, "batch", None, "lru")}
+        return {"h": constrain(h, "sequences", "lru"), "conv": constrain(conv, "sequences", None, "lru")}
 
     @staticmethod
     def flops(cfg: config.RGLRU, context: Context, length: int) -> int:

@@ -70,7 +70,7 @@ class SimpleGLA(nnx.Module):
     def init_state(self, batch: int, length: int) -> State:
         cfg = self.cfg
         s = jnp.zeros((batch, cfg.num_heads, cfg.head_dim, cfg.value_head_dim), jnp.float32)
-        return {"s": constrain(s, "batch", "heads", None, None), **init_all(self._projections(), batch)}
+        return {"s": constrain(s, "sequences", "heads", None, None), **init_all(self._projections(), batch)}
 
     @staticmethod
     def flops(cfg: config.SimpleGLA, context: Context, length: int) -> int:

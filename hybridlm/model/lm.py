@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int, Key
 from hybridlm import config
 from hybridlm.ffns import FFNS
 from hybridlm.ffns.base import Pass
-from hybridlm.layers import RMSNorm, fan_in_normal
+from hybridlm.layers import RMSNorm, contract, fan_in_normal, look_up
+from hybridlm.losses import Head
 from hybridlm.mixers.base import Context, Segments, document_positions
 from hybridlm.model.stack import Stack
-from hybridlm.sharding import constrain, out_sharding, param
+from hybridlm.sharding import constrain, fold_time, folded_shape, is_time_cut, param, unfold_time
 
 LMState = dict[str, Any]
 """`stack`: the mixers' states; `id`, `position` [b] int32: the document of the last real token, the next position."""
@@ -34,7 +35,7 @@ class LM(nnx.Module):
         self.embedding = param(rngs, (cfg.vocab_size, cfg.width), ("vocab", None), table)
         self.stack = Stack(cfg, self.context, rngs)
         self.shared = nnx.Dict(self._of_ffns("shared", rngs))
-        self.norm = RMSNorm(rngs, cfg.width, cfg.norm_eps)
+        self.norm = RMSNorm(rngs, cfg.width, cfg.norm_eps, offset=cfg.norm_offset)
         self.w_head = (
             None
             if cfg.tied_embedding
@@ -49,12 +50,19 @@ class LM(nnx.Module):
         `segment_ids`: 0 is padding, which leaves the state unchanged; the id changes where a document begins. With a
         state, a row continues its document where the first id equals the last one it saw. All ones when absent.
         """
+        x, state = self.hidden(tokens, segment_ids, state)
+        return self.logits(x), state
+
+    def hidden(
+        self, tokens: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None = None, state: LMState | None = None
+    ) -> tuple[Float[Array, "b t d"], LMState | None]:
+        """What the head reads, where whole logits would be too many, and the state; the rest as in `__call__`."""
         ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         segments = Segments(ids, document_positions(ids))
         if state is not None:
             segments = continue_documents(segments, state)
         x, stack, _ = self.features(tokens, segments, None if state is None else state["stack"])
-        return self.logits(x), None if state is None else {"stack": stack, **_last_token(segments, state)}
+        return x, None if state is None else {"stack": stack, **_last_token(segments, state)}
 
     def features(
         self,
@@ -71,15 +79,19 @@ class LM(nnx.Module):
         noise of training, and absent elsewhere. Aux values are vectors over the layers that report them. With `taps`
         (see `taps`) tables are not differentiated, and `aux["recorded"]` holds what their gradients are made from.
         """
-        x = self.embedding[...].at[tokens].get(out_sharding=out_sharding("batch", None, None))
-        x = x.astype(self.context.dtype)
-        if self.cfg.scale_embedding:
-            x = x * jnp.asarray(self.cfg.width**0.5, x.dtype)
+        if stack_state is None:
+            tokens, *cut = (constrain(x, "sequences", "time") for x in (tokens, *segments))
+            segments = Segments(*cut)
+        tokens = fold_time(tokens)
+        with jax.named_scope("embedding"):
+            x = look_up(self.embedding[...], tokens, self.context.dtype)
+            if self.cfg.scale_embedding:
+                x = x * jnp.asarray(self.cfg.embedding_scale or self.cfg.width**0.5, x.dtype)
         given = Pass(tokens, step, key, dict(self.shared), taps=taps)
         carry = self._of_ffns("init_carry", *tokens.shape)
         with check_values() if self.context.kernels.check_values else contextlib.nullcontext():
             x, stack_state, _, aux = self.stack(x, segments, stack_state, carry, given)
-        return self.norm(x), stack_state, aux
+        return unfold_time(self.norm(x)), stack_state, aux
 
     def _of_ffns(self, what: str, *args: Any) -> dict[str, Any]:
         """What the classes of the model's FFNs make for all layers together (see `hybridlm.ffns.base.FFN`)."""
@@ -89,26 +101,32 @@ class LM(nnx.Module):
                 made |= make(cfg, self.context, *args)
         return made
 
+    def head(self) -> Head:
+        """For `token_losses`, which never holds all logits."""
+        cap = self.cfg.logit_soft_cap
+        if self.w_head is None:
+            return Head(self.embedding[...], tied=True, soft_cap=cap)
+        return Head(self.w_head[...], tied=False, soft_cap=cap)
+
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of features, soft-capped when the config says so."""
-        sharding = out_sharding("batch", None, "logits")
+        tokens = ("sequences", "time") if is_time_cut(x) else ("batch", None)
         if self.w_head is None:
             # The rows are sharded over fsdp as well, which is the batch's: bring them to the head's layout first.
             table = constrain(self.embedding[...].astype(x.dtype), "logits", None)
-            y = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32, out_sharding=sharding)
+            y = contract("btd,vd->btv", x, table, *tokens, "logits", dtype=jnp.float32)
         else:
-            w = self.w_head[...].astype(x.dtype)
-            y = jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32, out_sharding=sharding)
+            y = contract("btd,dv->btv", x, self.w_head[...], *tokens, "logits", dtype=jnp.float32)
         cap = self.cfg.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)
 
     def taps(self, batch: int, length: int) -> Any:
         """Zeros that are added to what tables answer, for each layer; for `features`."""
-        return self.stack.taps(batch, length)
+        return self.stack.taps(*folded_shape(batch, length))
 
     def init_state(self, batch: int, length: int) -> LMState:
         """The state before the first of up to `length` tokens (full attention keeps them all; others do not grow)."""
-        zeros = constrain(jnp.zeros((batch,), jnp.int32), "batch")
+        zeros = constrain(jnp.zeros((batch,), jnp.int32), "sequences")
         return {"stack": self.stack.init_state(batch, length), "id": zeros, "position": zeros}
 
 
@@ -117,7 +135,7 @@ def make_context(cfg: config.Model, kernels: config.Kernels) -> Context:
     auto = "float32" if target_of().platform == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if cfg.dtype == "auto" else cfg.dtype)
     ffns = tuple(block.ffn for block in cfg.blocks())
-    return Context(cfg.width, cfg.num_layers, cfg.norm_eps, dtype, kernels, ffns)
+    return Context(cfg.width, cfg.num_layers, cfg.norm_eps, dtype, kernels, ffns, cfg.norm_offset)
 
 
 def continue_documents(segments: Segments, state: LMState) -> Segments:

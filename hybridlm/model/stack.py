@@ -18,6 +18,7 @@ from hybridlm.ffns.base import RECORDED, Aux, Pass
 from hybridlm.layers import RMSNorm
 from hybridlm.mixers import MIXERS
 from hybridlm.mixers.base import Carry, Context, Segments, State
+from hybridlm.sharding import fold_time, unfold_time
 
 BLOCK_OUTPUT = "block_output"
 REMAT_POLICIES: dict[str, Any] = {
@@ -31,14 +32,17 @@ StackState = dict[str, Any]
 
 
 class Block(nnx.Module):
-    """x += mixer(norm(x)); x += ffn(norm(x))."""
+    """x += mixer(norm(x)); x += ffn(norm(x)).
+
+    Where time is cut over devices, the mixer alone sees sequences; all else has a row for each device's part of one.
+    """
 
     def __init__(self, cfg: config.Block, context: Context, rngs: nnx.Rngs):
         self.cfg, self.context = cfg, context
-        self.mixer_norm = RMSNorm(rngs, context.width, context.norm_eps)
+        self.mixer_norm = RMSNorm(rngs, context.width, context.norm_eps, offset=context.norm_offset)
         self.mixer = MIXERS.module_of(cfg.mixer)(cfg.mixer, context, rngs)
         if cfg.ffn is not None:
-            self.ffn_norm = RMSNorm(rngs, context.width, context.norm_eps)
+            self.ffn_norm = RMSNorm(rngs, context.width, context.norm_eps, offset=context.norm_offset)
             self.ffn = FFNS.module_of(cfg.ffn)(cfg.ffn, context, rngs)
         else:
             self.ffn = None
@@ -46,12 +50,16 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry, given: Pass
     ) -> tuple[Float[Array, "b t d"], State | None, Carry, Aux]:
-        y, state, carry = self.mixer(self.mixer_norm(x), segments, state, carry)
-        x = x + checkpoint_name(y, BLOCK_OUTPUT)
+        with jax.named_scope(f"mixer/{type(self.cfg.mixer).__name__}"):
+            y, state, carry = self.mixer(unfold_time(self.mixer_norm(x)), segments, state, carry)
+            x = x + checkpoint_name(fold_time(y), BLOCK_OUTPUT)
         if self.ffn is None:
             return x, state, carry, {}
-        y, aux, carry = self.ffn(self.ffn_norm(x), segments, carry, given)
-        return x + checkpoint_name(y, BLOCK_OUTPUT), state, carry, aux
+        with jax.named_scope(f"ffn/{type(self.cfg.ffn).__name__}"):
+            folded = Segments(*map(fold_time, segments))
+            y, aux, carry = self.ffn(self.ffn_norm(x), folded, carry, given)
+            x = x + checkpoint_name(y, BLOCK_OUTPUT)
+        return x, state, carry, aux
 
     def taps(self, batch: int, length: int) -> Any:
         """Zeros for what the FFN reads from tables (see `Pass.taps`); None where it reads none."""

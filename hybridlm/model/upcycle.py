@@ -20,8 +20,10 @@ SAME_FIELDS = (
     "num_layers",
     "tied_embedding",
     "scale_embedding",
+    "embedding_scale",
     "logit_soft_cap",
     "norm_eps",
+    "norm_offset",
 )
 NEW_PARTS = ("router", "shared_expert", "w_shared_gate", "shared")
 """What a dense model has not: of a MoE, and of the routers of all layers together."""

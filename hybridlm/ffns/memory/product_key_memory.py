@@ -68,7 +68,7 @@ class MemoryPlus(nnx.Module):
         values, aux = read_values(self.retrieval, self.name, x, segments, given)
         values = constrain(merge_tokens(values), "batch", "mlp")
         y = self.down(values * jax.nn.silu(self.gate(merge_tokens(x))))
-        return split_tokens(y, x.shape[0]), aux, carry
+        return split_tokens(y, x), aux, carry
 
     @staticmethod
     def shared(cfg: config.MemoryPlus, context: Context, rngs: nnx.Rngs) -> dict[str, nnx.Module]:

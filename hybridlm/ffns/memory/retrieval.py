@@ -15,9 +15,9 @@ from hybridlm import config
 from hybridlm.ffns.base import Aux
 from hybridlm.ffns.memory.product_keys import product_top_k
 from hybridlm.ffns.memory.query_norms import EPSILON, QUERY_NORMS
-from hybridlm.layers import RMSNorm, fan_in_normal, merge_tokens, split_tokens
+from hybridlm.layers import RMSNorm, contract, fan_in_normal, merge_tokens, split_tokens
 from hybridlm.mixers.base import Context
-from hybridlm.sharding import out_sharding, param, per_device
+from hybridlm.sharding import param, per_device
 
 
 class ProductKeys(nnx.Module):
@@ -84,8 +84,7 @@ def _search(
 
 def project_queries(x: Float[Array, "b t d"], w: Float[Array, "d f"]) -> Float[Array, "b t f"]:
     """x W on the devices that have the tokens, whole: each finds the rows of its own."""
-    queries = jnp.dot(merge_tokens(x), w.astype(x.dtype), out_sharding=out_sharding("batch", None))
-    return split_tokens(queries, x.shape[0])
+    return split_tokens(contract("nd,df->nf", merge_tokens(x), w, "batch", None), x)
 
 
 def _uniform(key: Array, shape: tuple[int, ...], dtype: Any, *, bound: float) -> Array:

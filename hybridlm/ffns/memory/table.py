@@ -24,6 +24,8 @@ from hybridlm.sharding import RULES, axis_size, constrain, per_device, position,
 
 LANES = 128
 """Columns that stay together: narrower blocks lie column by column in a TPU's memory."""
+MAX_READS = 2**31 - 1
+"""Of all devices in a step; their places are counted in 31 bits."""
 
 
 class Table(nnx.Module):
@@ -118,6 +120,8 @@ class Table(nnx.Module):
 
         That is given this device's part of the table, all that was read of it, where it begins (`origin`), and the sums
         over the devices that have other rows or columns (`row_sum`, `column_sum`). Unless `wanted`, no row was read.
+
+        Raises ConfigError where a step reads more than `MAX_READS` rows.
         """
         spread, num_rows = self.spread(), self.table[...].shape[0]
 
@@ -128,6 +132,9 @@ class Table(nnx.Module):
                 jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in parts]) for parts in zip(*reads, strict=True)
             )
             indices, weights = (_of_replicas(spread.gather(x)) for x in (indices, weights))
+            if indices.size > MAX_READS:
+                problem = f": {indices.size:,} reads of a memory in one step are more than the 2^31 that can be sorted"
+                raise ConfigError("train.batch_size", f"{problem}; choose a smaller batch")
             indices = jnp.where(wanted & (indices >= 0), indices, num_rows)
             rows = spread.local_rows(indices, table)
             vectors = _of_replicas(spread.gather_columns(vectors))

@@ -63,7 +63,7 @@ class UltraMem(nnx.Module):
         aux: Aux = recorded
         if cfg.tucker_loss and cfg.tucker_rank > 1:
             aux["ultramem_tucker_loss"] = cfg.tucker_loss * tucker_loss(self.cores[...], cfg.tucker_margin)
-        return split_tokens(y, x.shape[0]), aux, carry
+        return split_tokens(y, x), aux, carry
 
     @staticmethod
     def shared(cfg: config.UltraMem, context: Context, rngs: nnx.Rngs) -> dict[str, nnx.Module]:

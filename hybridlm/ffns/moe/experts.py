@@ -1,5 +1,7 @@
 """The experts: gated MLPs with their weights stacked. Letters: x experts, r rows, d model width, f FFN width."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,14 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from hybridlm import config
 from hybridlm.ffns.gated_mlp import ACTIVATIONS
-from hybridlm.layers import fan_in_normal
+from hybridlm.layers import fan_in_normal, gather_weight, gradient_dtype
 from hybridlm.mixers.base import Context
 from hybridlm.sharding import param
 
 Weights = tuple[Array, Array, Array]
 """W_gate, W_up [x d f] and W_down [x f d]."""
-AXES = ("experts", None, "mlp"), ("experts", None, "mlp"), ("experts", "mlp", None)
-"""How a device holds the three weights while it computes: whole over `fsdp`, its own part of experts and of f."""
+AXES = ("experts", "expert_embed", "mlp"), ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+"""How the three weights are laid out; while a device computes, they are whole over d."""
 
 
 class Experts(nnx.Module):
@@ -35,8 +37,17 @@ class Experts(nnx.Module):
         self.w_down = param(rngs, (x, f, d), ("experts", "mlp", "expert_embed"), init)
 
     def weights(self, dtype: jnp.dtype) -> Weights:
-        """Cast before they are gathered."""
-        return self.w_gate[...].astype(dtype), self.w_up[...].astype(dtype), self.w_down[...].astype(dtype)
+        """In their layout, to be taken into a `jax.shard_map`. Cast, so that gradients are added up in `dtype`, unless
+        they are to be in another one."""
+        held = dtype if gradient_dtype.value is None else jnp.float32
+        return self.w_gate[...].astype(held), self.w_up[...].astype(held), self.w_down[...].astype(held)
+
+    @staticmethod
+    def gathered(weights: Weights, dtype: jnp.dtype) -> Weights:
+        """As they are computed with, in `dtype`. Inside a `jax.shard_map`."""
+        w_gate, w_up, w_down = weights
+        whole = partial(gather_weight, logical="expert_embed", dtype=dtype.name)
+        return whole(w_gate, 1), whole(w_up, 1), whole(w_down, 2)
 
     def grouped(self, weights: Weights, rows: Float[Array, "r d"], sizes: Int[Array, " e"]) -> Float[Array, "r d"]:
         """Each expert on its rows, of which it has `sizes`, in the order of the experts. 0 in rows beyond the last."""

@@ -18,9 +18,9 @@ from hybridlm.ffns.moe.dispatch import DISPATCHES
 from hybridlm.ffns.moe.experts import AXES, Experts, Weights
 from hybridlm.ffns.moe.routers import ROUTERS
 from hybridlm.ffns.moe.routing import Tokens, statistics
-from hybridlm.layers import fan_in_normal, merge_tokens, split_tokens
+from hybridlm.layers import contract, fan_in_normal, merge_tokens, split_tokens
 from hybridlm.mixers.base import Carry, Context, Segments
-from hybridlm.sharding import constrain, out_sharding, param, per_device, total
+from hybridlm.sharding import constrain, param, per_device, total
 
 
 class MoE(nnx.Module):
@@ -59,6 +59,7 @@ class MoE(nnx.Module):
         """One device's tokens through the experts of all."""
         tokens = Tokens(x.reshape(-1, x.shape[-1]), real.reshape(-1), x.shape[1])
         num_experts, per_token = self.cfg.num_experts, self.experts_per_token(self.cfg)
+        weights = self.experts.gathered(weights, x.dtype)
         routing, aux, carry = router(tokens, carry, given)
         # Outside training a fixed capacity would only lose tokens.
         cfg = self.cfg.dispatch if given.training else config.Dropless()
@@ -74,9 +75,8 @@ class MoE(nnx.Module):
         y, _, _ = self.shared_expert(x, segments, carry, given)
         if self.w_shared_gate is None:
             return y
-        w = self.w_shared_gate[...].astype(x.dtype)
-        gate = jnp.dot(merge_tokens(x), w, out_sharding=out_sharding("batch", None))
-        return jax.nn.sigmoid(split_tokens(gate, x.shape[0])) * y
+        gate = contract("nd,dh->nh", merge_tokens(x), self.w_shared_gate[...], "batch", None)
+        return jax.nn.sigmoid(split_tokens(gate, x)) * y
 
     @staticmethod
     def init_carry(cfg: config.MoE, context: Context, batch: int, length: int) -> Carry:
