@@ -1,136 +1,99 @@
-"""A corpus from its config, and batches of it as global arrays. Letters: b batch, t time.
+"""Batches of a corpus as global arrays. Letters: b batch, t time, r rows, k sources.
 
-The order is a pure function of (seed, step): row r of step s is sample s * batch_size + r of one endless shuffled
-sequence. It does not depend on hosts, mesh or prefetching; each host reads only the rows that its own devices hold.
+The order is `hybridlm.data.order`'s: a pure function of the seed and the number of the batch. It does not depend on
+hosts, mesh, prefetching or worker processes; each host reads only the rows that its own devices hold. All that a
+checkpoint keeps of it is the position, and the batches that shall never be handed out.
 """
 
-import hashlib
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import grain
-import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int64
 
-from hybridlm import config
 from hybridlm.config_check import ConfigError
-from hybridlm.data.packing import TokenStream, Window, Windows
-from hybridlm.data.sources import Document, read_documents, split_documents
-from hybridlm.data.token_cache import cached_tokenize, content_hash
-from hybridlm.data.tokenizers import Tokenizer, load_tokenizer
-
-Batch = dict[str, jax.Array]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Text of a run, ready to be drawn from."""
-
-    train: Windows
-    validation: Windows
-    tokenizer: Tokenizer
-    fingerprint: str
-    """Hash of texts, split, tokenizer and seq_len: where it differs, a run must not resume."""
-    description: str
-    """One line for people."""
-    validation_documents: tuple[Document, ...]
-
-    def validation_bytes(self) -> bytes:
-        """The held-out text as it was read, for baselines on the same bytes."""
-        return b"".join(document.text for document in self.validation_documents)
-
-
-def load_corpus(data: config.Data) -> Corpus:
-    """Read, split, tokenise and window the corpus that `data` describes.
-
-    Raises:
-        ConfigError: there is no usable text, or less of it for training than one sequence.
-    """
-    corpus = _corpus(data, *split_documents(read_documents(data), data.validation_fraction))
-    num_targets = corpus.train.stream.num_targets
-    if num_targets < data.seq_len:
-        raise ConfigError(
-            "data.seq_len",
-            f"={data.seq_len}: the training text has only {num_targets} tokens; seq_len may be at most {num_targets}, "
-            "or add text",
-        )
-    return corpus
-
-
-def load_whole(data: config.Data) -> Corpus:
-    """Like `load_corpus`, but all of the text is held out and none is for training."""
-    return _corpus(data, [], read_documents(data))
-
-
-def _corpus(data: config.Data, train: list[Document], validation: list[Document]) -> Corpus:
-    tokenizer = load_tokenizer(data.tokenizer)
-    train_stream, validation_stream = cached_tokenize(train, tokenizer), cached_tokenize(validation, tokenizer)
-    parts = (
-        tokenizer.fingerprint,
-        str(tokenizer.end_id),
-        str(data.seq_len),
-        content_hash(train),
-        content_hash(validation),
-    )
-    return Corpus(
-        train=Windows(train_stream, data.seq_len),
-        validation=Windows(validation_stream, data.seq_len),
-        tokenizer=tokenizer,
-        fingerprint=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
-        description=_description(data, tokenizer, [*train, *validation], train_stream, validation_stream),
-        validation_documents=tuple(validation),
-    )
+from hybridlm.data.arrays import Batch, assemble, local_rows
+from hybridlm.data.order import ORDER, BatchRows, Mixture, Order, nth_kept, stack
+from hybridlm.data.packing import Examples
+from hybridlm.data.workers import Reader
 
 
 class Batches:
     """Endless training batches, each field [batch_size, seq_len] as one global array; reshuffled every epoch.
 
-    `sharding` spreads the batch axis over devices, of any number of hosts; None means the default device.
-    `state()` is the same on all hosts, and `set_state` continues exactly after the last batch that was handed out.
+    `sharding` spreads the batch axis over devices, of any number of hosts; None means the default device. `workers`
+    processes prepare batches, a thread where there are none. `state()` is the same on all hosts, and `set_state`
+    continues exactly after the last batch that was handed out, with any sharding and number of workers.
     """
 
     def __init__(
         self,
-        windows: Windows,
+        mixture: Mixture,
         *,
         batch_size: int,
         seed: int,
         sharding: NamedSharding | None,
         prefetch: int,
-        start_step: int = 0,
+        workers: int = 0,
     ):
-        self.batch_size, self.seed, self.sharding = batch_size, seed, sharding
-        self._rows = local_rows(sharding, batch_size, windows.seq_len)
-        steps = grain.MapDataset.source(StepRows(windows, batch_size=batch_size, seed=seed, rows=self._rows))
-        # One thread: windows are cheap to cut, and more threads only fight over the interpreter lock.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-        self._iterator = iter(steps.to_iter_dataset(options))
-        self._seek(start_step)
+        self.mixture, self.batch_size, self.seed, self.sharding = mixture, batch_size, seed, sharding
+        self.position = -1
+        """Number, in the order of the data, of the last batch that was handed out."""
+        self._prefetch, self._workers = prefetch, workers
+        self._rows = local_rows(sharding, batch_size, mixture.seq_len)
+        self._order = Order(mixture.sources, mixture.proportions(batch_size), seed)
+        self._skipped: list[tuple[int, int]] = []
+        self._ahead: Reader | None = None
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        return _assemble(next(self._iterator), self._rows, self.batch_size, self.sharding)
+        if self._ahead is None:
+            rows = BatchRows(
+                self._order,
+                batch_size=self.batch_size,
+                rows=self._rows,
+                position=self.position,
+                skipped=self._skipped,
+            )
+            self._ahead = Reader(rows, prefetch=self._prefetch, workers=self._workers)
+        local = next(self._ahead)
+        self.position = nth_kept(self.position, 0, self._skipped)
+        return assemble(local, self._rows, self.batch_size, self.sharding)
 
-    def state(self) -> dict[str, int]:
-        """JSON-able position: that of the next batch."""
+    def skip(self, first: int, last: int) -> None:
+        """Never hand out batches `first` to `last`, all of them after `position`; part of `state()` from now on."""
+        if not self.position < first <= last:
+            raise ValueError(f"cannot skip batches {first} to {last} after batch {self.position} was handed out")
+        self.close()
+        self._skipped = _union([*self._skipped, (first, last)])
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: the position, what is skipped, and what the order is made of."""
         return {
-            "next_step": self._iterator.get_state()["next_index"],
+            "order": ORDER,
+            "position": self.position,
+            "skipped": [list(batches) for batches in self._skipped],
             "seed": self.seed,
             "batch_size": self.batch_size,
+            "sources": [[source.name, source.fingerprint] for source in self.mixture.sources],
+            "stages": [[first, list(places)] for first, places in self.mixture.stages],
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken.
 
         Raises:
-            ConfigError: it belongs to another seed or batch size, that is to another order.
+            ConfigError: it belongs to another order: another seed, batch size, text, or weights before its position.
         """
+        if state.get("order") != ORDER:
+            raise ConfigError(
+                "data",
+                ": the checkpoint's batches were put in order by another version of hybridlm; go on with that version, "
+                "or start a new run",
+            )
         for name in ("seed", "batch_size"):
             mine, theirs = getattr(self, name), int(state[name])
             if mine != theirs:
@@ -138,34 +101,78 @@ class Batches:
                     f"train.{name}",
                     f"={mine}: the checkpoint's data order was made with {theirs}; set it back, or start a new run",
                 )
-        self._seek(int(state["next_step"]))
+        position = int(state["position"])
+        self._check_mixture(state, position)
+        self.close()
+        self.position = position
+        self._skipped = [(int(first), int(last)) for first, last in state["skipped"]]
+
+    def progress(self) -> dict[str, float]:
+        """Of each source: `tokens/NAME` of the batches handed out so far, padding counted as in `tokens` of a step, and
+        `epoch/NAME`, how often it has been gone through, what was skipped counted too.
+        """
+        before = self._counts(self.position + 1)
+        drawn = before.copy()
+        for first, last in self._skipped:
+            if first <= self.position:
+                drawn -= self._counts(last + 1) - self._counts(first)
+        tokens = drawn * self.mixture.seq_len
+        names = [source.name for source in self.mixture.sources]
+        epochs = before / self._order.lengths
+        return {f"tokens/{name}": int(n) for name, n in zip(names, tokens, strict=True)} | {
+            f"epoch/{name}": float(n) for name, n in zip(names, epochs, strict=True)
+        }
+
+    def repeated(self) -> dict[str, int]:
+        """Sources that the last batch, or what was skipped before it, began anew, with their epoch: 2 is the second."""
+        lengths = self._order.lengths
+        behind = {last + 1: first for first, last in self._skipped}.get(self.position, self.position)
+        before, after = self._counts(behind), self._counts(self.position + 1)
+        epochs = -(-after // lengths)
+        begun = (epochs > -(-before // lengths)) & (epochs > 1)
+        return {self.mixture.sources[k].name: int(epochs[k]) for k in np.flatnonzero(begun)}
+
+    def epochs(self, num_batches: int) -> dict[str, float]:
+        """How often the first `num_batches` go through each source."""
+        counts = self._counts(num_batches) / self._order.lengths
+        return {source.name: float(n) for source, n in zip(self.mixture.sources, counts, strict=True)}
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._iterator.close()
+        """Stop reading ahead; the next batch begins anew, behind the last that was handed out."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
-    def _seek(self, step: int) -> None:
-        self._iterator.set_state({"next_index": step})
+    def _counts(self, num_batches: int) -> Int64[np.ndarray, " k"]:
+        return self._order.proportions.counts(max(num_batches, 0) * self.batch_size)
 
-
-class StepRows:
-    """Random access by step to one host's rows of the shuffled batches, as NumPy arrays."""
-
-    def __init__(self, windows: Windows, *, batch_size: int, seed: int, rows: Int64[np.ndarray, " r"]):
-        # Grain's default number of steps is endless, and its shuffle reshuffles each pass of the windows.
-        self._samples = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-        self._batch_size, self._rows = batch_size, rows
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._batch_size
-
-    def __getitem__(self, index: int) -> dict[str, Shaped[np.ndarray, "r t"]]:
-        samples = [self._samples[index * self._batch_size + int(row)] for row in self._rows]
-        return _stack(cast(list[Window], samples))
+    def _check_mixture(self, state: Mapping[str, Any], position: int) -> None:
+        mine, theirs = [source.name for source in self.mixture.sources], [name for name, _ in state["sources"]]
+        if mine != theirs:
+            raise ConfigError(
+                "data",
+                f": the checkpoint's run read {', '.join(theirs)}, and this one {', '.join(mine)}; set it back, or "
+                "start a new run",
+            )
+        for source, (_, fingerprint) in zip(self.mixture.sources, state["sources"], strict=True):
+            if source.fingerprint != fingerprint:
+                raise ConfigError(
+                    "data",
+                    f": {source.name} is other text than the checkpoint's run read, or has another tokenizer, seq_len "
+                    "or packing; set it back, or start a new run",
+                )
+        # What was drawn so far must stay as it was; later weights are free to change.
+        used = [[first, list(places)] for first, places in self.mixture.stages if first <= position]
+        if used != [stage for stage in state["stages"] if stage[0] <= position]:
+            raise ConfigError(
+                "data.stages",
+                f": the checkpoint's {position + 1:,} batches were drawn with other weights; set them back, and let "
+                "new ones begin later",
+            )
 
 
 def evaluation_batches(
-    windows: Windows, *, batch_size: int, sharding: NamedSharding | None, limit: int | None
+    windows: Examples, *, batch_size: int, sharding: NamedSharding | None, limit: int | None
 ) -> Iterator[Batch]:
     """The windows in order, or `limit` batches spread evenly over them; the last batch is filled up with padding."""
     rows = local_rows(sharding, batch_size, windows.seq_len)
@@ -173,51 +180,16 @@ def evaluation_batches(
     chosen = np.arange(wanted) * len(windows) // wanted
     for first in range(0, wanted, batch_size):
         indices = [first + int(row) for row in rows]
-        local = _stack([windows[int(chosen[i])] if i < wanted else windows.padding() for i in indices])
-        yield _assemble(local, rows, batch_size, sharding)
+        local = stack([windows[int(chosen[i])] if i < wanted else windows.padding() for i in indices])
+        yield assemble(local, rows, batch_size, sharding)
 
 
-def local_rows(sharding: NamedSharding | None, batch_size: int, seq_len: int) -> Int64[np.ndarray, " r"]:
-    """Rows of the global batch that this host's devices hold, ascending."""
-    if sharding is None:
-        return np.arange(batch_size)
-    held = np.zeros(batch_size, bool)
-    for index in sharding.addressable_devices_indices_map((batch_size, seq_len)).values():
-        assert index is not None
-        held[index[0]] = True
-    return np.flatnonzero(held)
-
-
-def _stack(windows: list[Window]) -> dict[str, Shaped[np.ndarray, "r t"]]:
-    return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
-
-
-def _assemble(
-    local: Mapping[str, np.ndarray], rows: Int64[np.ndarray, " r"], batch_size: int, sharding: NamedSharding | None
-) -> Batch:
-    """Global arrays of which `local` holds `rows`."""
-    if sharding is None:
-        return jax.device_put(dict(local))
-
-    def globally(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            start, stop, _ = index[0].indices(batch_size)
-            first = int(np.searchsorted(rows, start))
-            return array[first : first + stop - start, *index[1:]]
-
-        return jax.make_array_from_callback((batch_size, array.shape[1]), sharding, part)
-
-    return {name: globally(array) for name, array in local.items()}
-
-
-def _description(
-    data: config.Data, tokenizer: Tokenizer, documents: list[Document], train: TokenStream, validation: TokenStream
-) -> str:
-    where = data.source if data.path is None else f"{data.source} {data.path}"
-    megabytes = sum(len(document.text) for document in documents) / 1e6
-    return (
-        f"{where}: {len(documents):,} documents, {megabytes:,.1f} MB; "
-        f"tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids); "
-        f"{train.num_targets:,} tokens to train on, {validation.num_targets:,} held out"
-    )
+def _union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending ranges with a gap between any two."""
+    union: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if union and first <= union[-1][1] + 1:
+            union[-1] = union[-1][0], max(last, union[-1][1])
+        else:
+            union.append((first, last))
+    return union

@@ -6,7 +6,7 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
@@ -41,16 +41,20 @@ def read_documents(data: config.Data) -> list[Document]:
         case "python-stdlib":
             documents = _python_stdlib(data)
         case "text":
-            documents = _text_files(data)
+            documents = [text_file(name, path, data) for name, path in text_files(data)]
         case "jsonl":
-            documents = _json_lines(data)
+            documents = [d for name, path in json_lines_files(data) for d in json_lines_of(name, path, data)]
+        case "prepared" | "chat":
+            refuse(data, f"is read otherwise where source={data.source}; there are no documents in it")
+        case task:
+            raise ConfigError("data.source", f"={task}: is a task, which has no documents; name a source of text")
     documents = [document for document in documents if document.text]
     if not documents:
         if data.source == "python-stdlib":
             raise ConfigError(
                 "data.source", f"={data.source}: this Python has no .py files; use source=text with a path"
             )
-        _refuse(data, "holds no text, every document is empty; give another file or directory")
+        refuse(data, "holds no text, every document is empty; give another file or directory")
     return documents
 
 
@@ -60,8 +64,8 @@ def split_documents(documents: Sequence[Document], validation_fraction: float) -
     Of two or more documents each side has at least one. A single document is cut, its end is held out.
     """
     if len(documents) == 1:
-        return _cut(documents[0], validation_fraction)
-    ranks = {document.name: _rank(document.name) for document in documents}
+        return cut(documents[0], validation_fraction)
+    ranks = {document.name: rank(document.name) for document in documents}
     by_rank = sorted(ranks, key=lambda name: ranks[name])
     held_out = {name for name in by_rank if ranks[name] < validation_fraction} | {by_rank[0]}
     held_out.discard(by_rank[-1])
@@ -69,17 +73,18 @@ def split_documents(documents: Sequence[Document], validation_fraction: float) -
     return train, [document for document in documents if document.name in held_out]
 
 
-def _rank(name: str) -> float:
+def rank(name: str) -> float:
     """Uniform in [0, 1)."""
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _cut(document: Document, validation_fraction: float) -> tuple[list[Document], list[Document]]:
+def cut(document: Document, validation_fraction: float) -> tuple[list[Document], list[Document]]:
+    """All but the end of `document`, and its end."""
     text = document.text
-    cut = int(len(text) * (1 - validation_fraction))
+    wanted = int(len(text) * (1 - validation_fraction))
     # Bytes 10xxxxxx continue a UTF-8 character, at most three of them.
-    start = next((i for i in range(cut, min(cut + 4, len(text))) if text[i] & 0xC0 != 0x80), cut)
+    start = next((i for i in range(wanted, min(wanted + 4, len(text))) if text[i] & 0xC0 != 0x80), wanted)
     train, validation = Document(document.name, text[:start]), Document(document.name, text[start:])
     if not train.text or not validation.text:
         raise ConfigError("data.path", f": the corpus has {len(text)} bytes, too few to hold any out; add text")
@@ -87,62 +92,92 @@ def _cut(document: Document, validation_fraction: float) -> tuple[list[Document]
 
 
 def _python_stdlib(data: config.Data) -> list[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
-    documents = [
-        Document(name, _read(path, data)) for name, path in _walk(root, data, skip=NOT_STDLIB) if path.suffix == ".py"
-    ]
+    documents = [Document(name, read_file(path, data)) for name, path in stdlib_files(data)]
     # A few of the library's own tests are broken on purpose, which only plain bytes can hold.
-    return [document for document in documents if data.tokenizer == "byte" or _invalid_utf8(document.text) is None]
+    return [document for document in documents if data.tokenizer == "byte" or invalid_utf8(document.text) is None]
 
 
-def _text_files(data: config.Data) -> list[Document]:
-    root = _root(data)
-    if root.is_dir():
-        found = [(name, path) for name, path in _walk(root, data) if path.suffix.lower() in TEXT_SUFFIXES]
-        if not found:
-            _refuse(data, "no text files (.txt, .md, .py, ...) below this directory; name a file to read it as it is")
-    else:
-        found = [(root.name, root)]
-    documents = [Document(name, _read(path, data)) for name, path in found]
-    if data.tokenizer != "byte":
-        for (_, path), document in zip(found, documents, strict=True):
-            if (offset := _invalid_utf8(document.text)) is not None:
-                _refuse(data, f"{path} is not UTF-8 at byte {offset}; correct it, or use data.tokenizer=byte")
-    return documents
+def stdlib_root() -> Path:
+    """Where the running Python's own modules are."""
+    return Path(sysconfig.get_path("stdlib"))
 
 
-def _json_lines(data: config.Data) -> list[Document]:
-    root = _root(data)
-    if root.is_dir():
-        found = [(name, path) for name, path in _walk(root, data) if name.endswith((".jsonl", ".jsonl.gz"))]
-        if not found:
-            _refuse(data, "no .jsonl or .jsonl.gz files below this directory; name a file to read it as it is")
-    else:
-        found = [(root.name, root)]
-    return [document for name, path in found for document in _json_lines_of(name, path, data)]
+def stdlib_files(data: config.Data) -> list[tuple[str, Path]]:
+    """(name, path) of them."""
+    return [(name, path) for name, path in walk(stdlib_root(), data, skip=NOT_STDLIB) if path.suffix == ".py"]
 
 
-def _json_lines_of(name: str, path: Path, data: config.Data) -> Iterator[Document]:
-    number = 0
+def text_files(data: config.Data) -> list[tuple[str, Path]]:
+    """(name, path) of the file at `data.path`, or of the text files below it."""
+    root = root_of(data)
+    if not root.is_dir():
+        return [(root.name, root)]
+    found = [(name, path) for name, path in walk(root, data) if path.suffix.lower() in TEXT_SUFFIXES]
+    if not found:
+        refuse(data, "no text files (.txt, .md, .py, ...) below this directory; name a file to read it as it is")
+    return found
+
+
+def text_file(name: str, path: Path, data: config.Data) -> Document:
+    """A file as one document, which the tokenizer can take."""
+    text = read_file(path, data)
+    if data.tokenizer != "byte" and (offset := invalid_utf8(text)) is not None:
+        refuse(data, f"{path} is not UTF-8 at byte {offset}; correct it, or use data.tokenizer=byte")
+    return Document(name, text)
+
+
+def json_lines_files(data: config.Data) -> list[tuple[str, Path]]:
+    """(name, path) of the file at `data.path`, or of the files of JSON lines below it."""
+    root = root_of(data)
+    if not root.is_dir():
+        return [(root.name, root)]
+    found = [(name, path) for name, path in walk(root, data) if name.endswith((".jsonl", ".jsonl.gz"))]
+    if not found:
+        refuse(data, "no .jsonl or .jsonl.gz files below this directory; name a file to read it as it is")
+    return found
+
+
+def json_lines_of(
+    name: str,
+    path: Path,
+    data: config.Data,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    first: int = 1,
+    read: Callable[[bytes, str, config.Data], bytes] | None = None,
+) -> Iterator[Document]:
+    """The documents of one file, or of the lines from byte `begin` to `end` of it, of which `first` is the first.
+
+    `read` makes a document's text of a line, and of what it is called in errors; without it, it is under a key.
+    """
+    read = read or _text_of
+    number = first - 1
     try:
         opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
         with cast(BinaryIO, opened) as lines:
-            for number, line in enumerate(lines, 1):
+            if begin:
+                lines.seek(begin)
+            position = begin
+            for number, line in enumerate(lines, first):
                 if line.strip():
-                    yield Document(f"{name}:{number}", _text_of(line, f"{path}:{number}", data))
+                    yield Document(f"{name}:{number}", read(line, f"{path}:{number}", data))
+                position += len(line)
+                if end is not None and position >= end:
+                    break
     except (OSError, EOFError, zlib.error) as error:
-        _refuse(data, f"cannot read {path} after line {number} ({error})")
+        refuse(data, f"cannot read {path} after line {number} ({error})")
 
 
 def _text_of(line: bytes, where: str, data: config.Data) -> bytes:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        _refuse(data, f"{where} is not UTF-8 at byte {error.start} of the line; correct or remove the line")
+        refuse(data, f"{where} is not UTF-8 at byte {error.start} of the line; correct or remove the line")
     except (ValueError, RecursionError) as error:
-        _refuse(data, f"{where} is not JSON ({error}); correct or remove the line")
+        refuse(data, f"{where} is not JSON ({error}); correct or remove the line")
     if not isinstance(record, dict):
-        _refuse(data, f"{where} is not a JSON object; each line must hold one, with the text under a key")
+        refuse(data, f"{where} is not a JSON object; each line must hold one, with the text under a key")
     if data.text_key not in record:
         fields = ", ".join(map(str, record)) or "none"
         raise ConfigError("data.text_key", f"={data.text_key!r}: no such field at {where}; its fields are: {fields}")
@@ -153,28 +188,29 @@ def _text_of(line: bytes, where: str, data: config.Data) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        _refuse(data, f"{where} holds half a surrogate pair, which is no character; correct or remove the line")
+        refuse(data, f"{where} holds half a surrogate pair, which is no character; correct or remove the line")
 
 
-def _root(data: config.Data) -> Path:
+def root_of(data: config.Data) -> Path:
+    """`data.path`, which exists."""
     assert data.path is not None  # Data.check
     root = Path(data.path).expanduser()
     try:
         root.stat()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        _refuse(data, f"{reason}; give a file or a directory that exists")
+        refuse(data, f"{reason}; give a file or a directory that exists")
     return root
 
 
-def _walk(root: Path, data: config.Data, skip: Set[str] = frozenset()) -> list[tuple[str, Path]]:
+def walk(root: Path, data: config.Data, skip: Set[str] = frozenset()) -> list[tuple[str, Path]]:
     """(name, path) of all regular files below `root`, by name.
 
     Leaves out what is hidden, directories that are links, and directories named in `skip`.
     """
 
     def fail(error: OSError) -> NoReturn:
-        _refuse(data, f"cannot list {error.filename} ({error.strerror})")
+        refuse(data, f"cannot list {error.filename} ({error.strerror})")
 
     found = []
     for directory, subdirectories, files in os.walk(root, onerror=fail):
@@ -184,14 +220,15 @@ def _walk(root: Path, data: config.Data, skip: Set[str] = frozenset()) -> list[t
     return sorted(found)
 
 
-def _read(path: Path, data: config.Data) -> bytes:
+def read_file(path: Path, data: config.Data) -> bytes:
+    """All of a file."""
     try:
         return path.read_bytes()
     except OSError as error:
-        _refuse(data, f"cannot read {path} ({error.strerror}); correct its permissions or leave it out")
+        refuse(data, f"cannot read {path} ({error.strerror}); correct its permissions or leave it out")
 
 
-def _invalid_utf8(text: bytes) -> int | None:
+def invalid_utf8(text: bytes) -> int | None:
     """Offset of the first byte that is not UTF-8."""
     try:
         text.decode()
@@ -200,7 +237,8 @@ def _invalid_utf8(text: bytes) -> int | None:
     return None
 
 
-def _refuse(data: config.Data, problem: str) -> NoReturn:
+def refuse(data: config.Data, problem: str) -> NoReturn:
+    """Raise ConfigError about what `data` names."""
     if data.source == "python-stdlib":
         raise ConfigError("data.source", f"={data.source}: {problem}")
     raise ConfigError("data.path", f"={data.path!r}: {problem}")

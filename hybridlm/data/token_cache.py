@@ -32,9 +32,9 @@ def content_hash(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
-def cached_tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStream:
-    """`tokenize`, from disk if it was done before. Bytes need no cache."""
-    if isinstance(tokenizer, ByteTokenizer):
+def cached_tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, shared: bool = False) -> TokenStream:
+    """`tokenize`, from disk if it was done before. Bytes need no cache, except to be `shared` with other processes."""
+    if isinstance(tokenizer, ByteTokenizer) and not shared:
         return tokenize(documents, tokenizer)
     key = (tokenizer.fingerprint, tokenizer.version, str(tokenizer.end_id), content_hash(documents))
     directory = cache_root() / hashlib.sha256("\n".join(key).encode()).hexdigest()
@@ -47,6 +47,7 @@ def cached_tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Toke
     stream = tokenize(documents, tokenizer)
     try:
         _save(stream, directory)
+        return _load(directory, tokenizer) if shared else stream
     except OSError as error:
         log.warning("The tokenised corpus is not kept for the next run: cannot write %s (%s).", directory, error)
     return stream
@@ -69,8 +70,10 @@ def _save(stream: TokenStream, directory: Path) -> None:
     try:
         for name in ARRAYS:
             np.save(temporary / f"{name}.npy", getattr(stream, name))
-        # Another process may have been first: then there is nothing to rename.
-        if not directory.exists():
+        try:
             temporary.rename(directory)
+        except OSError:
+            if not directory.exists():  # else another process was first
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -41,6 +41,10 @@ class Tokenizer(Protocol):
         """Ids, and how many bytes of `data` each stands for; the lengths of t >= 1 tokens sum to `len(data)`."""
         ...
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written like this, such as `<|im_start|>`; None where it is none."""
+        ...
+
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Text for display: invalid UTF-8 becomes U+FFFD; `end_id` and ids outside the vocabulary become nothing."""
         ...
@@ -60,6 +64,9 @@ class ByteTokenizer:
 
     def encode_with_lengths(self, data: bytes) -> tuple[Integer[np.ndarray, " t"], Integer[np.ndarray, " t"]]:
         return self.encode(data), np.ones(len(data), np.uint8)
+
+    def special_id(self, text: str) -> int | None:
+        return None
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
@@ -94,6 +101,8 @@ class HuggingFaceTokenizer:
         known = (inner.token_to_id(token) for token in candidates if token is not None)
         self.end_id: int = next((i for i in known if i is not None), num_known)
         self.vocab_size: int = max(num_known, self.end_id + 1)
+        added = inner.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
 
     def encode(self, data: bytes) -> Integer[np.ndarray, " t"]:
         return np.array(self._inner.encode(data.decode(), add_special_tokens=False).ids, np.uint32)
@@ -102,6 +111,9 @@ class HuggingFaceTokenizer:
         text = data.decode()
         encoding = self._inner.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, np.uint32), _byte_lengths(text, encoding.offsets)
+
+    def special_id(self, text: str) -> int | None:
+        return self._special.get(text)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         return self._inner.decode(_displayable(ids, self), skip_special_tokens=False)
@@ -130,6 +142,10 @@ class SentencePieceTokenizer:
         text = data.decode()
         mapping = self._inner.encode_as_offset_mapping(text)
         return np.array(mapping["ids"], np.uint32), _byte_lengths(text, mapping["offsets"])
+
+    def special_id(self, text: str) -> int | None:
+        i = self._inner.piece_to_id(text)
+        return i if self._inner.is_control(i) else None
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         return self._inner.decode(_displayable(ids, self))
