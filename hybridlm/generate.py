@@ -1,20 +1,23 @@
-"""Sampling: prefill the prompt in chunks, then one token at a time from the recurrent state.
+"""Sampling: prefill the prompts in chunks, then one token at a time from the recurrent state.
 
 Letters: b batch, t time, v vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 from hybridlm.config_check import ConfigError
 from hybridlm.data.tokenizers import Tokenizer
-from hybridlm.model.lm import LMState
-from hybridlm.run import Model
+from hybridlm.model import Params
+from hybridlm.model.compiled import Model
+from hybridlm.model.lm import LM, LMState
+from hybridlm.sharding import constrain, per_device
 
 PREFILL_CHUNK = 512
 """Prompt tokens per call: bounds memory on long prompts."""
@@ -57,6 +60,132 @@ def sample(logits: Float[Array, "b v"], key: Key[Array, ""], sampling: Sampling)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
+class Sampler:
+    """Continues rows of tokens. What it compiles for a model serves whatever parameters come with a call.
+
+    On a mesh, of which nothing may cut time, rows are spread over the devices of the batch: their number must divide by
+    that of these. What a row draws depends on its own key alone, not on the rows beside it or on the mesh.
+    """
+
+    def __init__(self, bind: Callable[[Params], LM], num_ids: int, sampling: Sampling):
+        """Ids from `num_ids` on are padding of the vocabulary; they are never drawn."""
+        self._bind, self._num_ids, self._sampling = bind, num_ids, sampling
+        self._init_state = jax.jit(lambda params, *shape: bind(params).init_state(*shape), static_argnums=(1, 2))
+        # A state is read once: what took its place lies where it was.
+        self._extend = jax.jit(self._extended, donate_argnums=4)
+        self._decode = jax.jit(self._decoded, donate_argnums=2)
+        self._draw = jax.jit(self._drawn)
+
+    def __call__(
+        self, params: Params, rows: Sequence[Int[np.ndarray, " _"]], keys: UInt[np.ndarray, "b _"], num: int
+    ) -> Iterator[Int[Array, " b"]]:
+        """`num` times the next token of every row. `keys` holds the `jax.random.key_data` of a key for each row.
+
+        Memory per token is constant; only full attention keeps all tokens.
+        """
+        logits, state = self.prefill(params, rows, length=max(map(len, rows)) + num)
+        tokens = self._draw(logits, keys, np.int32(0))
+        for index in range(1, num + 1):
+            yield tokens
+            if index < num:
+                tokens, state = self._decode(params, tokens, state, keys, np.int32(index))
+
+    def prefill(
+        self, params: Params, rows: Sequence[Int[np.ndarray, " _"]], *, length: int
+    ) -> tuple[Float[Array, "b v"], LMState]:
+        """Logits after the last token of each row, and a state that can take `length` tokens in all.
+
+        Chunks are filled up to powers of two with padding, which leaves the state alone: few shapes are compiled.
+        """
+        state = self._init_state(params, len(rows), length)
+        logits = None
+        for first in range(0, max(map(len, rows)), PREFILL_CHUNK):
+            chunks = [row[first : first + PREFILL_CHUNK] for row in rows]
+            size = 1 << (max(map(len, chunks)) - 1).bit_length()
+            tokens, real = np.zeros((2, len(rows), size), np.int32)
+            for i, chunk in enumerate(chunks):
+                tokens[i, : len(chunk)], real[i, : len(chunk)] = chunk, 1
+            logits, state = self._extend(params, tokens, real, logits, state)
+        assert logits is not None
+        return logits, state
+
+    def _extended(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        real: Int[Array, "b t"],
+        before: Float[Array, "b v"] | None,
+        state: Any,
+    ) -> tuple[Float[Array, "b v"], Any]:
+        """Logits after the last real token of each row: those of `before` where none has come since."""
+        tokens, real = constrain(tokens, "sequences", None), constrain(real, "sequences", None)
+        y, state = self._bind(params)(tokens, real, state)
+        y = constrain(y, "sequences", None, None)
+        last = jnp.sum(real, axis=1, keepdims=True) - 1  # padding comes last
+        at_last = jnp.arange(real.shape[1]) == last
+        logits = jnp.sum(jnp.where(at_last[..., None], y, 0), axis=1)
+        return logits if before is None else jnp.where(last >= 0, logits, before), state
+
+    def _decoded(
+        self, params: Params, tokens: Int[Array, " b"], state: Any, keys: UInt[Array, "b _"], index: Int[Array, ""]
+    ) -> tuple[Int[Array, " b"], Any]:
+        logits, state = self._bind(params)(tokens[:, None], None, state)
+        return self._drawn(logits[:, -1], keys, index), state
+
+    def _drawn(self, logits: Float[Array, "b v"], keys: UInt[Array, "b _"], index: Int[Array, ""]) -> Int[Array, " b"]:
+        return drawn(logits, keys, index, self._num_ids, self._sampling)
+
+
+def drawn(
+    logits: Float[Array, "b v"], keys: UInt[Array, "b _"], index: Int[Array, ""], num_ids: int, sampling: Sampling
+) -> Int[Array, " b"]:
+    """The token number `index` of each row, one of the first `num_ids`; `keys` as `Sampler` takes them."""
+
+    def row(logits: Array, key: Array, index: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+        return sample(logits[None, :num_ids], key, sampling)[0]
+
+    rows = ("sequences", None)
+    draw = per_device(jax.vmap(row, in_axes=(0, 0, None)), (rows, rows, ()), ("sequences",))
+    return draw(logits, keys, index)
+
+
+def continuations(
+    lm: LM,
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    keys: UInt[Array, "b _"],
+    num: int,
+    num_ids: int,
+    sampling: Sampling,
+) -> Int[Array, "b num"]:
+    """What `Sampler` draws after the last document of each row, within one compiled program. Nothing may cut time.
+
+    Rows that end in padding go on with something that means nothing.
+    """
+    state = lm.init_state(tokens.shape[0], tokens.shape[1] + num)
+    if tokens.shape[1] > 1:
+        _, after = lm(tokens[:, :-1], segment_ids[:, :-1], state)  # of the logits nothing is computed: none are read
+        state = _laid_out_like(after, state)
+    last = segment_ids[:, -1:]
+
+    def one(carry: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], Array]:
+        before, state = carry
+        logits, after = lm(before[:, None], last, state)
+        token = drawn(logits[:, -1], keys, index, num_ids, sampling)
+        return (token, _laid_out_like(after, state)), token
+
+    start = constrain(tokens[:, -1], "sequences"), state
+    _, rows = jax.lax.scan(one, start, jnp.arange(num, dtype=jnp.int32))
+    return constrain(rows.T, "sequences", None)
+
+
+def _laid_out_like(tree: Any, like: Any) -> Any:
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda x, y: jax.sharding.reshard(x, jax.typeof(y).sharding.spec), tree, like)
+
+
 def generate(
     model: Model, tokenizer: Tokenizer, prompt: bytes, *, max_new_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[int]:
@@ -64,43 +193,15 @@ def generate(
 
     The prompt is the beginning of a document. Memory per token is constant; only full attention keeps all tokens.
     """
-    # Ids beyond the tokenizer's are padding of the vocabulary; they are never drawn.
-    num_ids = tokenizer.vocab_size
-
-    def draw(logits: Float[Array, "b v"], key: Key[Array, ""], index: Int[Array, ""]) -> Int[Array, " b"]:
-        return sample(logits[:, :num_ids], jax.random.fold_in(key, index), sampling)
-
-    @jax.jit
-    def decode(params, token, state, key, index):
-        logits, state = model.bind(params)(token[:, None], None, state)
-        return draw(logits[:, -1], key, index), state
-
-    key = jax.random.key(seed)
-    ids = np.concatenate([[tokenizer.end_id], tokenizer.encode(prompt)]).astype(np.int32)
-    logits, state = prefill(model, ids, length=len(ids) + max_new_tokens)
-    token = draw(logits, key, jnp.zeros((), jnp.int32))
-    for index in range(1, max_new_tokens + 1):
-        drawn = int(token[0])
+    sampler = Sampler(model.bind, tokenizer.vocab_size, sampling)
+    keys = np.asarray(jax.random.key_data(jax.random.key(seed)))[None]
+    for tokens in sampler(model.params, [beginning(tokenizer, prompt)], keys, max_new_tokens):
+        drawn = int(tokens[0])
         if drawn == tokenizer.end_id:
             return
         yield drawn
-        if index < max_new_tokens:
-            token, state = decode(model.params, token, state, key, jnp.asarray(index, jnp.int32))
 
 
-def prefill(model: Model, ids: Int[np.ndarray, " t"], *, length: int) -> tuple[Float[Array, "1 v"], LMState]:
-    """Logits after the last of `ids`, and a state that can take `length` tokens in all.
-
-    Chunks are filled up to powers of two with padding, which leaves the state alone: few shapes are compiled.
-    """
-    state = model.init_state(1, length)
-    logits = None
-    for first in range(0, len(ids), PREFILL_CHUNK):
-        chunk = ids[first : first + PREFILL_CHUNK]
-        size = 1 << (len(chunk) - 1).bit_length()
-        tokens, real = np.zeros((1, size), np.int32), np.zeros((1, size), np.int32)
-        tokens[0, : len(chunk)], real[0, : len(chunk)] = chunk, 1
-        logits, state = model(jnp.asarray(tokens), jnp.asarray(real), state)
-        logits = logits[:, len(chunk) - 1]
-    assert logits is not None and state is not None
-    return logits, state
+def beginning(tokenizer: Tokenizer, text: bytes) -> Int[np.ndarray, " t"]:
+    """Tokens of a document that begins with `text`."""
+    return np.concatenate([[tokenizer.end_id], tokenizer.encode(text)]).astype(np.int32)

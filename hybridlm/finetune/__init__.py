@@ -1,0 +1,1 @@
+"""Which parameters a run trains, in what form, and what they begin with."""
