@@ -1,50 +1,25 @@
 """Trained models from a run directory: `hybridlm.load`."""
 
-from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from hybridlm import config_io
 from hybridlm.config import Config
-from hybridlm.data.pipeline import evaluation_batches, load_corpus
-from hybridlm.data.tokenizers import Tokenizer, load_tokenizer
-from hybridlm.ffns.moe.buffered import ExpertStore
-from hybridlm.model import Params, build
+from hybridlm.data.corpus import load_corpus, tokenizer_of
+from hybridlm.data.pipeline import evaluation_batches
+from hybridlm.data.tokenizers import Tokenizer
+from hybridlm.model import build
 from hybridlm.model.buffering import buffered, check_resident
+from hybridlm.model.compiled import Model
 from hybridlm.model.expert_usage import count_choices, hottest, layers_with_experts, read_usage
-from hybridlm.model.lm import LM, LMState
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.derived import read_params
 
 USAGE_SEQUENCES = 16
 """Of held-out text, over which the hottest experts are found."""
-
-
-class Model:
-    """A trained language model: parameters, and a compiled call."""
-
-    def __init__(self, params: Params, bind: Callable[[Params], LM], store: ExpertStore | None = None):
-        """`store` has the experts that are not among `params`, and counts what is fetched of them."""
-        self.params, self.bind, self.store = params, bind, store
-
-    @cached_property
-    def _call(self) -> Any:
-        return jax.jit(lambda params, *args: self.bind(params)(*args))
-
-    def __call__(
-        self, tokens: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None = None, state: LMState | None = None
-    ) -> tuple[Float[Array, "b t v"], LMState | None]:
-        """Float32 logits, and the state after the last token where one was given; see `LM.__call__`."""
-        return self._call(self.params, tokens, segment_ids, state)
-
-    def init_state(self, batch: int, length: int) -> LMState:
-        """The state before the first of up to `length` tokens."""
-        return self.bind(self.params).init_state(batch, length)
 
 
 def load(
@@ -59,7 +34,7 @@ def load(
     Raises ConfigError where the directory holds no run or no complete checkpoint, or layers have fewer experts.
     """
     config = config_io.load_run_config(run_dir)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of(config.data)
     if resident_experts is not None:
         usage = None if usage is None else Path(usage)
         return load_buffered(Path(run_dir), config, resident_experts, usage), tokenizer, config
@@ -68,7 +43,7 @@ def load(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first_device()),
         jax.eval_shape(lambda: init(jax.random.key(0))),
     )
-    with Checkpoints(Path(run_dir) / "checkpoints", config.checkpoint.keep) as checkpoints:
+    with Checkpoints(Path(run_dir) / "checkpoints", config.model, config.checkpoint) as checkpoints:
         params = checkpoints.restore_params(abstract)
     return Model(params, bind), tokenizer, config
 

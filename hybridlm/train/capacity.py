@@ -18,7 +18,8 @@ def check_fits(state: TrainState, mesh: jax.sharding.Mesh) -> None:
 
     Activations come on top, so that a state which passes may still be too large.
     """
-    device, memory = mesh.devices.flat[0], memory_of(mesh.devices.flat[0])
+    device = mesh.local_devices[0]  # another process's does not tell
+    memory = memory_of(device)
     needed = bytes_per_device(state)
     if memory is None or needed <= memory:
         return
@@ -32,13 +33,21 @@ def check_fits(state: TrainState, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def bytes_per_device(state: Any) -> int:
-    """Of a pytree of abstract arrays with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+def bytes_per_device(tree: Any) -> int:
+    """Of abstract arrays; one without a sharding lies whole on every device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def share_of_host(num_devices: int) -> int:
+    """Bytes of this machine's memory for each of so many devices of its CPU."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // num_devices
 
 
 def memory_of(device: Any) -> int | None:
     """Bytes that arrays on `device` may take; the devices of a CPU share its memory. None where it does not tell."""
     if device.platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+        return share_of_host(jax.local_device_count())
     return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,42 +1,100 @@
-"""Checkpoints with Orbax: training state, data position and config, committed together or not at all."""
+"""Checkpoints with Orbax: training state, data position and config, committed together or not at all.
+
+What is restored is what was saved: files are compared with their checksums before Orbax reads them, and arrays with
+their fingerprints afterwards. A damaged checkpoint is named and set aside, and the one before it is used.
+"""
 
 import contextlib
+import json
 import logging
-import os
+import math
 import sys
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from hybridlm import config
 from hybridlm.config_check import ConfigError
+from hybridlm.distributed import agreed
+from hybridlm.finetune.adapters import ADAPTERS
+from hybridlm.finetune.arrays import abstract_adapted, lora_of, merged_arrays
+from hybridlm.train import layout
+from hybridlm.train.integrity import (
+    damaged_arrays,
+    damaged_files,
+    first_line,
+    read_sidecars,
+    told_by_any,
+    uncovered,
+    wait_until,
+    write_sidecar,
+)
+from hybridlm.train.record import (
+    FINGERPRINTS,
+    FORMAT,
+    Damaged,
+    check_format,
+    check_same,
+    check_shapes,
+    damage_of_arrays,
+    describe,
+    read_parts,
+)
 from hybridlm.train.step import TrainState
+from hybridlm.train.steps import complete_steps, is_complete, set_aside_corrupt
 
-FORMAT = 2
-"""Of the training state. Parameters alone can be read from checkpoints of other formats too."""
-# Orbax takes any directory named by a number for a checkpoint; these files it writes before the commit.
-PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data", "config")
+SHOWN_SECONDS = 30.0
+"""Within which a shared file system shows to all processes what one of them did."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was committed."""
+
+    step: int
+    seconds: float
+    """From the call of `save` until it was committed."""
+    stall_seconds: float
+    """For which `save` did not return, and no step was trained."""
+    num_bytes: int
+    """Of the state's arrays, over all processes."""
 
 
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager; leaving it waits for the save in progress."""
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory = directory
-        logging.getLogger("absl").addFilter(_holds_no_stack)
+    def __init__(self, directory: Path, model: config.Model, checkpoint: config.Checkpoint):
+        self.directory, self.model, self.config = directory, model, checkpoint
+        self.set_aside: list[tuple[int, str]] = []
+        """Steps whose checkpoints `restore` found damaged, and how."""
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_holds_no_stack)
         sys.unraisablehook = _unless_given_up
-        set_aside_incomplete(directory)
+        # Of what Orbax had begun of a save that it then gave up.
+        warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
         training: Any = ocp.training  # whose annotations refuse its own policies
+        policies = training.preservation_policies
+        kept = [policies.LatestN(checkpoint.keep)]
+        if checkpoint.keep_every is not None:
+            kept.append(policies.EveryNSteps(checkpoint.keep_every))
         self._checkpointer = training.Checkpointer(
             str(directory.absolute()),
-            context=_context(),
+            context=self._context(),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
         )
-        self._saving: Any = None
+        self._saving: Future[None] | None = None
+        self._hashing: Future[None] | None = None
         self._step: int | None = None
+        self._finished: list[Saved] = []
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -46,21 +104,41 @@ class Checkpoints:
         passed_over = contextlib.nullcontext() if exception[0] is None else contextlib.suppress(OSError, ValueError)
         with passed_over:
             self.wait()
+            self._wait_for_checksums()
             self._checkpointer.close()
 
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """Of those that were committed: to Orbax any directory named by a number is a checkpoint."""
+        return max(complete_steps(self.directory), default=None)
+
+    def path(self, step: int) -> Path:
+        return self.directory / str(step)
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
         """Start saving, unless this step is saved already; returns as soon as the arrays are copied."""
+        started = time.monotonic()
         self.wait()
+        self._wait_for_checksums()  # before Orbax removes the directories that they are written to
         if self.latest_step() == step:
             return
-        parts = {"state": state, "data": data, "config": config | {"format": FORMAT}}
+        prints = layout.fingerprints(state, self.model)
+        arrays = layout.flat(state, self.model)
+        data, config = json.loads(json.dumps([data, config | {"format": FORMAT}]))
+        record = describe(arrays, prints, data, config)
+        num_bytes = sum(x.nbytes for x in arrays.values())
+        largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays.values())
         self._step = step
-        with self._telling_failures():
-            self._saving = self._checkpointer.save_checkpointables_async(step, parts)
+        with self._telling_failures(), self._context(at_least_bytes=2 * largest):
+            parts = {"state": arrays, "data": data, "config": config, FINGERPRINTS: record}
+            response = self._checkpointer.save_checkpointables_async(step, parts)
+        stall = time.monotonic() - started
+
+        def commit() -> None:
+            response.result()
+            self._finished.append(Saved(step, time.monotonic() - started, stall, num_bytes))
+
+        self._saving = saving = _in_background(commit)
+        self._hashing = _in_background(lambda: self._write_checksums(step, saving))
 
     def wait(self) -> None:
         """Wait for the save in progress. Raises OSError where it failed, as on a full disk."""
@@ -68,6 +146,27 @@ class Checkpoints:
             saving, self._saving = self._saving, None
             with self._telling_failures():
                 saving.result()
+
+    def finished(self) -> list[Saved]:
+        """The checkpoints that were committed since this was last asked."""
+        finished = []
+        while self._finished:
+            finished.append(self._finished.pop(0))
+        return finished
+
+    def _wait_for_checksums(self) -> None:
+        if self._hashing is not None:
+            hashing, self._hashing = self._hashing, None
+            hashing.result()
+
+    def _write_checksums(self, step: int, saving: "Future[None]") -> None:
+        if saving.exception() is not None or not wait_until(lambda: is_complete(self.path(step)), SHOWN_SECONDS):
+            return
+        try:
+            write_sidecar(self.path(step), jax.process_index(), jax.process_count())
+        except OSError as error:
+            # The checkpoint is whole, and its fingerprints are within it.
+            print(f"{self.path(step)}: no checksums of its files were written: {error}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _telling_failures(self) -> Iterator[None]:
@@ -80,56 +179,159 @@ class Checkpoints:
             raise OSError(f"the checkpoint of step {self._step} could not be saved; {whole}: {reason}") from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The latest state, laid out like `abstract` (shapes, dtypes and shardings), and its data position.
+        """The latest whole state, laid out like `abstract` (shapes, dtypes and shardings), and its data position.
 
-        Raises ConfigError where another version of the program wrote it in another format.
+        Later ones, which are damaged, are renamed to `corrupt.<step>`, but only once another was restored: where all
+        are found damaged, what is wrong may be the file system. Raises ConfigError then, and where another version of
+        the program wrote it in another format, or the model is not that of `abstract`.
         """
-        step = self.latest_step()
-        written = self._checkpointer.load_checkpointables(step, {"config": None})["config"]["format"]
-        if written != FORMAT:
-            raise ConfigError(
-                str(self.directory / str(step)),
-                f": was written in format {written}, and this version goes on from format {FORMAT}; go on with the "
-                "version that began it (evaluation and generation can read it as it is)",
-            )
-        loaded = self._checkpointer.load_checkpointables(step, {"state": abstract, "data": None})
-        return loaded["state"], loaded["data"]
+        self.wait()
+        self._wait_for_checksums()
+        damaged: list[tuple[int, str]] = []
+        for step in self._steps():
+            try:
+                restored = self._restored(self.path(step), abstract)
+            except Damaged as damage:
+                damaged.append((step, str(damage)))
+            else:
+                self._set_aside(damaged)
+                return restored
+        which = "; ".join(f"{step}: {problem}" for step, problem in damaged) or "there is none"
+        raise ConfigError(
+            str(self.directory),
+            f": holds no whole checkpoint ({which}); repair one, or choose another --out to begin anew",
+        )
 
-    def restore_params(self, abstract: Any) -> Any:
-        """The latest parameters alone. Raises ConfigError where their names or shapes are not those of `abstract`."""
-        step = self.latest_step()
+    def _restored(self, path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State and data position. Raises Damaged on all processes alike, each of which looks at a share."""
+        share = slice(jax.process_index(), None, jax.process_count())
+        _agree_on(self._damage_of_files(path, share))
+        parts, problem = read_parts(path)
+        _agree_on(problem)
+        check_format(path, parts["config"])
+        wanted, arrays = layout.flat_abstract(abstract, self.model), parts[FINGERPRINTS]["arrays"]
+        check_same(path, arrays, wanted)
+        if agreed(bool(uncovered(path, read_sidecars(path)[0]))):
+            # No checksums say that all processes can read their parts, so each tries some arrays: Orbax would let the
+            # others wait for one that cannot.
+            _agree_on(next(damaged_arrays(path / "state", arrays, sorted(arrays)[share]), None))
+        loaded, problem = self._loaded(path, wanted)
+        _agree_on(problem)
+        state = layout.stacked(loaded, abstract, self.model)
+        _agree_on(damage_of_arrays(layout.fingerprints(state, self.model), arrays))
+        return state, parts["data"]
+
+    def restore_params(self, abstract: Any, step: int | None = None) -> Any:
+        """The latest parameters alone, or those of `step`, in the form of `abstract`, with adapters added to the
+        matrices that have some.
+
+        Raises ConfigError where they are damaged, or their names or shapes are not those of `abstract`. Nothing is
+        renamed: a run may be writing here.
+        """
+        step = self.latest_step() if step is None else step
         if step is None:
             raise ConfigError(str(self.directory), ": holds no complete checkpoint; train first")
-        path = str(self.directory.absolute() / str(step))
-        with _context(partial=True):
-            stored = _shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"])
-            for name, shape in _shapes(abstract).items():
-                if stored.get(name) != shape:
-                    has = f"has {name} of shape {stored[name]}" if name in stored else f"has no {name}"
-                    raise ConfigError(
-                        path, f": {has}, not {shape} as the config asks for; leave the run's model.* as they are"
-                    )
-            return ocp.load(path, {"params": abstract}, checkpointable_name="state")["params"]
+        path = self.path(step)
+        if not (path / FINGERPRINTS).exists():
+            return self._restore_nested_params(path, abstract)
+        try:
+            return self._restored_params(path, {"params": abstract})["params"]
+        except Damaged as damage:
+            raise ConfigError(
+                str(path), f": is damaged ({damage}); rename it to read the one before, as `hybridlm train` does"
+            ) from None
+
+    def _restored_params(self, path: Path, abstract: Any) -> Any:
+        wanted = layout.flat_abstract(abstract, self.model)
+        parts, problem = read_parts(path)
+        _agree_on(problem)
+        arrays = parts[FINGERPRINTS]["arrays"]
+        lora = lora_of(parts["config"])
+        if lora is not None and ADAPTERS not in abstract["params"]:
+            with_adapters = {"params": abstract_adapted(lora, abstract["params"])}
+            return {"params": merged_arrays(lora, self._restored_params(path, with_adapters)["params"])}
+        check_shapes(path, {name: tuple(said["shape"]) for name, said in arrays.items()}, wanted)
+        loaded, problem = self._loaded(path, wanted)
+        _agree_on(problem)
+        params = layout.stacked(loaded, abstract, self.model)
+        _agree_on(damage_of_arrays(layout.fingerprints(params, self.model), {name: arrays[name] for name in wanted}))
+        return params
+
+    def _restore_nested_params(self, path: Path, abstract: Any) -> Any:
+        """From a checkpoint of a format before 3, whose arrays lie in the form of the state."""
+        with self._context(partial=True):
+            stored = ocp.metadata(str(path.absolute()), checkpointable_name="state").metadata["params"]
+            check_shapes(path, _shapes(stored), _by_name(abstract))
+            return ocp.load(str(path.absolute()), {"params": abstract}, checkpointable_name="state")["params"]
+
+    def _loaded(self, path: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """The arrays of a checkpoint, or why they cannot be read."""
+        largest = max(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in wanted.values())
+        try:
+            with self._context(partial=True, at_least_bytes=4 * largest):
+                return ocp.load(str(path.absolute()), wanted, checkpointable_name="state"), None
+        except jax.errors.JaxRuntimeError:
+            raise  # of the devices, such as their memory being full
+        except Exception as error:  # Orbax raises Exception itself
+            return {}, first_line(error)
+
+    def _steps(self) -> Iterator[int]:
+        """The steps of the checkpoints, the latest first, as the first process sees them."""
+        steps = sorted((one.step for one in self._checkpointer.checkpoints), reverse=True)
+        if jax.process_count() == 1:
+            yield from steps
+            return
+        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+        padded = np.resize(np.asarray([*steps, 0], np.int32), count)
+        yield from multihost_utils.broadcast_one_to_all(padded).tolist()
+
+    def _damage_of_files(self, path: Path, share: slice) -> str | None:
+        """What this process finds wrong with its share of the files."""
+        if not wait_until(lambda: is_complete(path), SHOWN_SECONDS if jax.process_count() > 1 else 0.0):
+            return "it is incomplete"
+        files, _ = read_sidecars(path)
+        return next(damaged_files(path, files, share), None)
+
+    def _set_aside(self, damaged: list[tuple[int, str]]) -> None:
+        for step, problem in damaged:
+            if jax.process_index() == 0:
+                name = set_aside_corrupt(self.path(step))
+                print(f"{self.path(step)} is damaged: {problem}; it is set aside as {name}", flush=True)
+        self.set_aside.extend(damaged)
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._checkpointer.reload()
+
+    def _context(self, *, partial: bool = False, at_least_bytes: int = 0) -> ocp.Context:
+        """Orbax refuses arrays that are larger than its buffer, so that holds `at_least_bytes`."""
+        context = ocp.Context()
+        registry = ocp.handlers.local_registry(include_global_registry=True)
+        for name in ("data", "config", FINGERPRINTS):
+            # Without this a dict of numbers is saved as arrays.
+            registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+        context.checkpointables.registry = registry
+        context.pytree.loading.partial_load = partial
+        buffer = max(int(self.config.buffer_gb * 1e9), at_least_bytes + 1)
+        context.memory_options.write_concurrent_bytes = buffer
+        context.memory_options.read_concurrent_bytes = buffer
+        context.async_options.timeout_secs = self.config.timeout_seconds
+        return context
+
+
+def _agree_on(problem: str | None) -> None:
+    """Raise Damaged on all processes where one has a problem."""
+    if (told := told_by_any(problem)) is not None:
+        raise Damaged(told)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in leaves}
-
-
-def set_aside_incomplete(directory: Path) -> None:
-    """Rename what looks like a checkpoint but was never committed, so that it is neither read nor in the way."""
-    if jax.process_index() != 0 or not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        if path.name.isdigit() and not is_complete(path):
-            os.replace(path, path.with_name(f"incomplete.{path.name}"))
-            print(f"{path} is incomplete; it is set aside as incomplete.{path.name}", flush=True)
-
-
-def is_complete(path: Path) -> bool:
-    """Whether `path` is a checkpoint that was committed."""
-    return path.name.isdigit() and all((path / part).exists() for part in PARTS)
+    return {name: tuple(x.shape) for name, x in _by_name(tree).items()}
 
 
 def abstract_state(init: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -142,8 +344,27 @@ def abstract_state(init: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(leaf, jax.eval_shape(init))
 
 
+def _in_background(function: Callable[[], None]) -> "Future[None]":
+    """Its thread does not keep a process alive that has to end."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:  # raised by whoever asks for the result
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    Thread(target=run, daemon=True, name=function.__qualname__).start()
+    return future
+
+
 def _holds_no_stack(record: logging.LogRecord) -> bool:
-    """Orbax logs the stacks of all threads that an error passes through, and then raises it: once is enough."""
+    """Orbax logs the stacks of all threads that an error passes through, and then raises it: once is enough.
+
+    Of writes that failed after the first, asyncio says that nobody asked.
+    """
     return not record.exc_info
 
 
@@ -151,17 +372,8 @@ _report_unraisable = sys.unraisablehook
 
 
 def _unless_given_up(unraisable: Any) -> None:
-    """Orbax closes its event loop at the first write that fails; TensorStore prints a stack for every other one."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Orbax closes its event loop at the first read or write that fails; for every other one there is a stack."""
+    if not str(unraisable.exc_value).startswith(
+        ("Event loop is closed", "Encountered error while reading array index")
+    ):
         _report_unraisable(unraisable)
-
-
-def _context(partial: bool = False) -> ocp.Context:
-    context = ocp.Context()
-    registry = ocp.handlers.local_registry(include_global_registry=True)
-    for name in ("data", "config"):
-        # Without this a dict of numbers is saved as arrays.
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-    context.checkpointables.registry = registry
-    context.pytree.loading.partial_load = partial
-    return context

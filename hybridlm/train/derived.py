@@ -1,8 +1,8 @@
 """Runs made from other runs: parameters read to the host, and a new run directory written at step 0."""
 
-import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +12,23 @@ import jax
 import numpy as np
 
 from hybridlm import config_io
-from hybridlm.config import Config
+from hybridlm.config import Config, Distill
 from hybridlm.config_check import ConfigError
-from hybridlm.data.pipeline import Batches, Corpus, load_corpus
+from hybridlm.data.corpus import Corpus, load_corpus
+from hybridlm.data.pipeline import Batches
+from hybridlm.finetune.adapters import base_of
 from hybridlm.model import Params, build
 from hybridlm.model.by_layer import drawn
+from hybridlm.model.linearize import linearize, linearized_model
 from hybridlm.model.prune import prune, pruned_model
 from hybridlm.model.upcycle import check_pair, same_function, upcycle
 from hybridlm.optim import make_optimizer
-from hybridlm.sharding import check_batch, make_mesh
+from hybridlm.sharding import check_batch
 from hybridlm.train import directory as run_directory
-from hybridlm.train.checkpoint import Checkpoints, abstract_state
+from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.loop import check_vocabulary
-from hybridlm.train.step import first_state
-
-ORIGIN = "origin.json"
-"""In the directory of a derived run: the command that made it, the run it was made from, and that run's step."""
+from hybridlm.train.mesh_choice import run_mesh
+from hybridlm.train.program import step_program
 
 
 def read_params(run_dir: Path, config: Config) -> tuple[Params, int]:
@@ -36,7 +37,7 @@ def read_params(run_dir: Path, config: Config) -> tuple[Params, int]:
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     # NumPy arrays in place of descriptions ask for NumPy arrays; these take no memory.
     abstract = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
-    with Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints:
+    with Checkpoints(run_dir / "checkpoints", config.model, config.checkpoint) as checkpoints:
         params = checkpoints.restore_params(abstract)
         step = checkpoints.latest_step()
     assert step is not None
@@ -75,7 +76,7 @@ def prune_run(config: Config, run_dir: Path, directory: Path, *, keep: int, sinc
         config_after = replace(config, model=pruned_model(config.model, keep))
     except ConfigError as error:
         raise error.under("model") from None
-    if since is None and origin_of(run_dir) is not None:
+    if since is None and run_directory.origin_of(run_dir) is not None:
         raise ConfigError(
             str(run_dir), ": did not begin at random parameters; give --since a run of what it began with"
         )
@@ -94,10 +95,40 @@ def prune_run(config: Config, run_dir: Path, directory: Path, *, keep: int, sinc
     print(f"{directory}: {keep} experts per layer, from step {step} of {run_dir}")
 
 
+def linearize_run(
+    config: Config,
+    run_dir: Path,
+    directory: Path,
+    *,
+    recurrence: str,
+    window: int,
+    keep_every: int | None,
+    teach: bool = False,
+) -> None:
+    """`hybridlm linearize`: a run at `directory` like that of `config` at `run_dir`, with recurrences for attention.
+
+    With `teach`, the latter is its teacher. Raises ConfigError where the input is wrong, before anything is written.
+    """
+    check_free(directory)
+    trained = config_io.load_run_config(run_dir)
+    if trained.model != config.model:
+        raise ConfigError("model", ": is the run's; --mixer, --window and --keep-every say what becomes of it")
+    model = linearized_model(config.model, recurrence=recurrence, window=window, keep_every=keep_every)
+    config_after = replace(config, model=model)
+    mesh, corpus = prepared(config_after)
+    params, step = read_params(run_dir, trained)
+    if teach:
+        config_after = replace(config_after, distill=Distill(teacher=str(run_dir), teacher_step=step))
+    origin = {"command": "linearize", "run": str(run_dir), "step": step}
+    write_run(config_after, directory, linearize(params, config.model, model), corpus, mesh, origin)
+    changed = sum(a != b for a, b in zip(config.model.blocks(), model.blocks(), strict=True))
+    print(f"{directory}: {changed} of {model.num_layers} layers linearised, from step {step} of {run_dir}")
+
+
 def prepared(config: Config) -> tuple[jax.sharding.Mesh, Corpus]:
     """The mesh and the text of a run. Raises ConfigError where it could not be trained."""
-    mesh = make_mesh(config.sharding.mesh)
-    check_batch(config.train, mesh)
+    mesh = run_mesh(config)
+    check_batch(config, mesh)
     make_optimizer(config.optimizer, config.train.steps)
     corpus = load_corpus(config.data)
     check_vocabulary(config, corpus)
@@ -113,11 +144,18 @@ def check_free(directory: Path) -> None:
 
 
 def write_run(
-    config: Config, directory: Path, params: Params, corpus: Corpus, mesh: jax.sharding.Mesh, origin: dict[str, Any]
+    config: Config,
+    directory: Path,
+    params: Params,
+    corpus: Corpus,
+    mesh: jax.sharding.Mesh,
+    origin: dict[str, Any],
+    add_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a run of `config` that is about to take its first step from `params`, with a fresh optimizer state.
 
-    It is written beside `directory` and then renamed: after an error there is none, not half of one.
+    `add_files` may write more into the directory that it is given. The run is written beside `directory` and then
+    renamed: after an error there is none, not half of one.
     """
     partial = directory.with_name(directory.name + ".partial")
     try:
@@ -127,17 +165,18 @@ def write_run(
     except OSError as error:
         raise ConfigError(f"--out {directory}", f": cannot be written to: {error.strerror}") from None
     try:
-        optimizer, _ = make_optimizer(config.optimizer, config.train.steps)
-        init, _ = build(config.model, config.kernels)
         with jax.set_mesh(mesh):
-            layout = abstract_state(lambda: init(jax.random.key(0)), mesh)
-            params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, layout)
-            begin = jax.jit(lambda params: first_state(params, optimizer, config.optimizer.tables), donate_argnums=0)
-            state = begin(params)
+            program = step_program(config, mesh)
+            params = jax.tree.map(
+                lambda x, like: jax.device_put(x, like.sharding), params, base_of(program.state.params)
+            )
+            state = jax.jit(program.state_from, donate_argnums=0)(params)
             run_directory.prepare(config, partial, fresh=True)
             config_io.dump_json(config, partial / "config.json")
-            (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-            with Checkpoints(partial / "checkpoints", config.checkpoint.keep) as checkpoints:
+            run_directory.write_origin(partial, origin)
+            if add_files is not None:
+                add_files(partial)
+            with Checkpoints(partial / "checkpoints", config.model, config.checkpoint) as checkpoints:
                 data = {"corpus": corpus.fingerprint, "batches": first_position(config, corpus)}
                 checkpoints.save(0, state, data, config_io.to_dict(config))
         os.replace(partial, directory)
@@ -145,14 +184,8 @@ def write_run(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def first_position(config: Config, corpus: Corpus) -> dict[str, int]:
+def first_position(config: Config, corpus: Corpus) -> dict[str, Any]:
     """That of a run's first batch."""
     size, seed = config.train.batch_size, config.train.seed
     with closing(Batches(corpus.train, batch_size=size, seed=seed, sharding=None, prefetch=1)) as batches:
         return batches.state()
-
-
-def origin_of(run_dir: Path) -> dict[str, Any] | None:
-    """What a derived run was made from; None for a run that began at random parameters."""
-    path = run_dir / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from hybridlm.losses import token_losses
 from hybridlm.mixers.base import Segments
 from hybridlm.model.lm import LM
+from hybridlm.sharding import constrain
 
 Batch = dict[str, Array]
 
@@ -30,11 +31,12 @@ def make_eval_step(bind: Callable[[Any], LM]) -> EvalStep:
     def run(params: Any, batch: Batch, step: Array | None) -> dict[str, Array]:
         lm = bind(params)
         x, _, aux = lm.features(batch["tokens"], Segments(batch["segment_ids"], batch["positions"]), step=step)
-        nll, _ = token_losses(lm.logits, x, batch["targets"], lm.cfg.vocab_size)
+        nll, _ = token_losses(lm.head(), x, batch["targets"])
         weight = batch["loss_weight"]
         return {
-            "nats": jnp.sum(nll * weight, axis=0),
-            "tokens": jnp.sum(weight, axis=0),
+            # Whole on every device, of any process, where the mesh cuts time.
+            "nats": constrain(jnp.sum(nll * weight, axis=0), None),
+            "tokens": constrain(jnp.sum(weight, axis=0), None),
             "bytes": jnp.sum(batch["target_bytes"] * weight),
         } | {name: jnp.mean(aux[name]) for name in REPORTED if name in aux}
 

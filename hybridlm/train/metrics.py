@@ -1,20 +1,27 @@
-"""Where numbers of a run go: metrics.jsonl, TensorBoard events, and a line or a progress bar for people."""
+"""Where numbers and events of a run go: JSON lines, TensorBoard, and a line or a progress bar for people."""
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from hybridlm.train.tensorboard import TensorBoard
 
 
 class JsonLines:
-    """A file of JSON objects that have a `step`, which survives a resume from an earlier step."""
+    """A file of JSON objects that have a `step`. It survives a resume from an earlier step, and a crash while writing.
+
+    Raises OSError, which names the file, where a line cannot be written, as on a full disk.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -46,57 +53,123 @@ class JsonLines:
             name: [_finite(v) for v in value] if isinstance(value, list) else _finite(value)
             for name, value in record.items()
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Events:
+    """`events.jsonl`: what happened to a run, one object per line, never taken back. Only the first process writes."""
+
+    def __init__(self, directory: Path | None):
+        self._lines = None if directory is None else JsonLines(directory / "events.jsonl")
+        if self._lines is not None:
+            self._lines.keep_until(sys.maxsize)  # without a line cut short by a crash
+
+    def add(self, event: str, step: int, **more: Any) -> None:
+        if self._lines is not None:
+            told = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            self._lines.append({"event": event, "step": step, "time": told} | more)
+
+
 class RunLog:
-    """Writes a run's metrics, of one process."""
+    """Writes a run's metrics and tells them to people: the first process' part."""
 
     def __init__(self, directory: Path, first_step: int, total_steps: int):
         self.metrics = JsonLines(directory / "metrics.jsonl")
         self.evals = JsonLines(directory / "eval.jsonl")
-        for lines in (self.metrics, self.evals):
+        self.continuations = JsonLines(directory / "samples.jsonl")
+        for lines in (self.metrics, self.evals, self.continuations):
             lines.keep_until(first_step)
-        # Events after `purge_step` are discarded by TensorBoard: a resumed run writes them again.
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self._tensorboard = TensorBoard(directory / "tensorboard", first_step)
         self._progress = Progress(first_step, total_steps)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._events.close()
         self._progress.close()
+        # What went wrong before is what a person has to know, not that closing goes wrong for the same reason.
+        passed_over = contextlib.nullcontext() if exception[0] is None else contextlib.suppress(OSError)
+        with passed_over:
+            self._tensorboard.close()
 
     def evaluated(self, step: int) -> bool:
-        return any(record["step"] == step for record in self.evals.read())
+        """Whether the run's own held-out loss is there; `hybridlm eval` names the task in its lines."""
+        return any(record["step"] == step and "task" not in record for record in self.evals.read())
+
+    def sampled(self, step: int, prompts: Sequence[str]) -> bool:
+        """Whether each prompt has its line of this step."""
+        return not Counter(prompts) - self._prompts_at(step)
+
+    def _prompts_at(self, step: int) -> Counter[str]:
+        return Counter(record["prompt"] for record in self.continuations.read() if record["step"] == step)
 
     def train(self, record: dict[str, Any]) -> None:
         self.metrics.append(record)
-        self._write_events("train", record)
+        self._write_scalars("train", record)
         self._progress.show(record)
 
     def eval(self, record: dict[str, Any]) -> None:
         self.evals.append(record)
-        self._write_events("eval", record)
+        self._write_scalars("eval", record)
         self._progress.say(
             f"step {record['step']}: held-out loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}, "
             f"bits per byte {record['bits_per_byte']:.4f} ({record['tokens']:,} tokens)"
             + (f", {record['moe_dropped']:.2%} of choices dropped" if record.get("moe_dropped") else "")
         )
 
+    def samples(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Those that are not there yet: a crash may have come between the lines of one step."""
+        written = self._prompts_at(step)
+        for record in records:
+            if written[record["prompt"]]:
+                written[record["prompt"]] -= 1
+                continue
+            self.continuations.append(record)
+            self._progress.say(f"step {step}: {record['prompt']!r} goes on {record['text']!r}")
+
     def say(self, text: str) -> None:
         self._progress.say(text)
 
-    def _write_events(self, prefix: str, record: dict[str, Any]) -> None:
+    def _write_scalars(self, prefix: str, record: dict[str, Any]) -> None:
         for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self._events.add_scalar(f"{prefix}/{name}", value, record["step"])
+            if isinstance(value, int | float) and math.isfinite(value) and name != "step":
+                self._tensorboard.add(f"{prefix}/{name}", value, record["step"])
+
+
+class NoLog:
+    """The other processes' part, which is none: their numbers are the same."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def evaluated(self, step: int) -> bool:
+        return False
+
+    def sampled(self, step: int, prompts: Sequence[str]) -> bool:
+        return False
+
+    def train(self, record: dict[str, Any]) -> None:
+        pass
+
+    def eval(self, record: dict[str, Any]) -> None:
+        pass
+
+    def samples(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
 
 
 class Progress:

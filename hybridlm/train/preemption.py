@@ -8,17 +8,15 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_STOPPED = 75
-"""Exit code of a run that saved and wants to be started again (EX_TEMPFAIL)."""
-EXIT_INTERRUPTED = 130
-"""Exit code after a second request, as of a process that SIGINT ended."""
+from hybridlm.config_check import ConfigError
+from hybridlm.exit_codes import EXIT_INTERRUPTED
 
 
 class StopRequest:
     """Listens for a request to stop while it is entered.
 
     In one process, SIGINT and SIGTERM set a flag; a second one interrupts at once. With several processes JAX's own
-    SIGTERM notifier makes all of them agree on one step: a Python handler would switch it off.
+    SIGTERM notifier makes all of them agree on one step: a Python handler would switch it off, and is an error.
     """
 
     def __init__(self) -> None:
@@ -28,6 +26,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if jax.process_count() == 1:
             self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        else:
+            check_sigterm()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -47,5 +47,17 @@ class StopRequest:
     def at(self, step: int) -> bool:
         """Whether to stop after this step. Every process must ask at every step."""
         if jax.process_count() > 1:
+            check_sigterm()
             return multihost_utils.reached_preemption_sync_point(step)
         return self._flag
+
+
+def check_sigterm() -> None:
+    """Raise ConfigError where Python handles SIGTERM: JAX's own handler, which is not Python's, then never hears it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler):
+        raise ConfigError(
+            "SIGTERM",
+            f": {getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', handler)} handles it, and with "
+            "several processes JAX has to, so that all of them stop at one step; leave that handler out",
+        )

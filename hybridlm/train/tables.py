@@ -15,6 +15,7 @@ from hybridlm import config
 from hybridlm.config_check import ConfigError
 from hybridlm.ffns.base import RECORDED
 from hybridlm.ffns.memory.table import Read
+from hybridlm.finetune.selection import is_trained
 from hybridlm.model import Params
 from hybridlm.model.lm import LM
 from hybridlm.table_optim import init_rows, learning_rate, update_rows
@@ -46,6 +47,18 @@ def with_tables(params: Params, tables: dict[str, Any]) -> Params:
     if not tables:
         return params
     return params | {"shared": params["shared"] | {name: {"table": table} for name, table in tables.items()}}
+
+
+def are_tables_trained(selection: config.Finetune, params: Params) -> bool:
+    """Whether steps record what is read of the tables among `params` and update them; also where there are none.
+
+    Raises ConfigError where some are trained and others are not.
+    """
+    trained = {name: is_trained(selection, f"shared.{name}.table") for name in tables_of(params)}
+    if len(set(trained.values())) > 1:
+        frozen = ", ".join(f"shared.{name}.table" for name, is_one in trained.items() if not is_one)
+        raise ConfigError("finetune", f": trains some of the memories' tables but not {frozen}; train all or none")
+    return all(trained.values())
 
 
 def init_tables(cfg: config.TableOptimizer | None, params: Params) -> TableStates:
