@@ -3,21 +3,21 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from hybridlm_kernels import UnsupportedKernel, explain
 from hybridlm_kernels.dispatch import Explanation, record_choices
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from hybridlm.config import Config, Mesh
 from hybridlm.config_check import ConfigError
 from hybridlm.mixers.base import Segments
 from hybridlm.model import build
 from hybridlm.plan.topology import Topology
-from hybridlm.sharding import check_batch, make_mesh, spec
+from hybridlm.sharding import check_batch, spec
+from hybridlm.train.mesh_choice import run_mesh
 
 
 @dataclass(frozen=True)
@@ -36,32 +36,48 @@ def kernels_of(config: Config, topology: Topology | None) -> list[Row]:
     Raises ConfigError where the mesh or the batch do not fit the devices, or where a tier that the config names cannot
     serve.
     """
-    wanted = config.sharding.mesh
-    mesh: Any = make_mesh(wanted).abstract_mesh if topology is None else topology.mesh(wanted)
-    check_batch(config.train, mesh)
+    mesh: Any = run_mesh(config).abstract_mesh if topology is None else topology.abstract_mesh(topology.mesh_of(config))
+    check_batch(config, mesh)
     jax.clear_caches()  # choices are recorded while tracing, and what JAX has traced before it does not trace again
+    found = [*_training(config, mesh), *_decoding(config, mesh)]
+    return list(dict.fromkeys(found))
+
+
+def _training(config: Config, mesh: AbstractMesh) -> list[Row]:
+    def features(params: Any, x: jax.Array, step: jax.Array, key: jax.Array) -> jax.Array:
+        return bind(params).features(x, Segments(x, x), step=step, key=key)[0]
+
     with jax.sharding.use_abstract_mesh(mesh):
-        init, bind = build(config.model, config.kernels)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        params = jax.eval_shape(init, key)
-        batch = config.train.batch_size // config.train.num_microbatches
-
-        def tokens(time: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch, time), jnp.int32, sharding=NamedSharding(mesh, spec("batch", None)))
-
-        with _refusals_as_config_errors(), record_choices() as training:
-            x = tokens(config.data.seq_len)
-            jax.eval_shape(partial(_training_features, bind), params, x, jax.ShapeDtypeStruct((), jnp.int32), key)
-        with _refusals_as_config_errors(), record_choices() as decoding:
-            state = jax.eval_shape(lambda params: bind(params).init_state(batch, config.data.seq_len), params)
-            jax.eval_shape(lambda params, x, state: bind(params)(x, None, state), params, tokens(1), state)
-    rows = [Row("train", tuple(types), choice) for choice, types in training]
-    rows += [Row("decode", tuple(types), choice) for choice, types in decoding]
-    return list(dict.fromkeys(rows))
+        bind, params = _model(config)
+        x = _tokens(mesh, config.train.batch_size // config.train.num_microbatches, config.data.seq_len)
+        step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+        with _refusals_as_config_errors(), record_choices() as found:
+            jax.eval_shape(features, params, x, step, key)
+    return [Row("train", tuple(types), choice) for choice, types in found]
 
 
-def _training_features(bind: Any, params: Any, x: jax.Array, step: jax.Array, key: jax.Array) -> jax.Array:
-    return bind(params).features(x, Segments(x, x), step=step, key=key)[0]
+def _decoding(config: Config, mesh: AbstractMesh) -> list[Row]:
+    """Of one token, which nothing cuts: devices of `context` have sequences of their own, as those of `fsdp` do."""
+    sizes = dict(mesh.shape)
+    rows = sizes["context"] * config.train.batch_size // config.train.num_microbatches
+    sizes |= {"fsdp": sizes["fsdp"] * sizes["context"], "context": 1}
+    mesh = mesh.update(axis_sizes=tuple(sizes.values()))
+    with jax.sharding.use_abstract_mesh(mesh):
+        bind, params = _model(config)
+        state = jax.eval_shape(lambda params: bind(params).init_state(rows, config.data.seq_len), params)
+        with _refusals_as_config_errors(), record_choices() as found:
+            jax.eval_shape(lambda params, x, state: bind(params)(x, None, state), params, _tokens(mesh, rows, 1), state)
+    return [Row("decode", tuple(types), choice) for choice, types in found]
+
+
+def _model(config: Config) -> tuple[Any, Any]:
+    """`bind`, and abstract parameters on the mesh in scope."""
+    init, bind = build(config.model, config.kernels)
+    return bind, jax.eval_shape(lambda: init(jax.random.key(0)))
+
+
+def _tokens(mesh: AbstractMesh, rows: int, time: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, time), jnp.int32, sharding=NamedSharding(mesh, spec("sequences", "time")))
 
 
 def kernels_at(topology: Topology | None) -> list[Row]:
@@ -90,7 +106,7 @@ def kernels_at(topology: Topology | None) -> list[Row]:
     }
     scope = contextlib.nullcontext()
     if topology is not None:
-        scope = jax.sharding.use_abstract_mesh(topology.mesh(Mesh(data=-1)))
+        scope = jax.sharding.use_abstract_mesh(topology.abstract_mesh(Mesh(data=-1)))
     with scope:
         return [
             Row("train", tuple(str(jax.typeof(v)) for v in operands), explain(op, *operands))
