@@ -9,12 +9,14 @@ from jaxtyping import Int
 
 from hybridlm import config
 from hybridlm.config_check import ConfigError
-from hybridlm.data.pipeline import evaluation_batches, load_corpus, load_whole
-from hybridlm.evaluation.perplexity import data_from_spec
+from hybridlm.data.corpus import load_corpus, load_whole
+from hybridlm.data.pipeline import evaluation_batches
+from hybridlm.evaluation.texts import data_from_spec
 from hybridlm.model import build
 from hybridlm.model.expert_usage import count_choices, layers_with_experts, shares
-from hybridlm.sharding import check_batch, make_mesh, spec
+from hybridlm.sharding import check_batch, spec
 from hybridlm.train.checkpoint import Checkpoints, abstract_state
+from hybridlm.train.mesh_choice import run_mesh
 
 HOTTEST = 5
 """As many are named in a layer's line."""
@@ -28,13 +30,13 @@ def usage_of_run(cfg: config.Config, run_dir: Path, *, data_spec: str | None, ba
     if not layers_with_experts(cfg.model):
         raise ConfigError(str(run_dir), ": no layer of this run has experts")
     corpus = load_corpus(cfg.data) if data_spec is None else load_whole(data_from_spec(cfg.data, data_spec))
-    mesh = make_mesh(cfg.sharding.mesh)
-    check_batch(cfg.train, mesh)
+    mesh = run_mesh(cfg)
+    check_batch(cfg, mesh)
     init, bind = build(cfg.model, cfg.kernels)
     size = cfg.train.batch_size
-    with jax.set_mesh(mesh), Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(run_dir / "checkpoints", cfg.model, cfg.checkpoint) as checkpoints:
         params = checkpoints.restore_params(abstract_state(lambda: init(jax.random.key(0)), mesh))
-        rows = jax.NamedSharding(mesh, spec("batch"))
+        rows = jax.NamedSharding(mesh, spec("sequences", "time"))
         held_out = evaluation_batches(corpus.validation, batch_size=size, sharding=rows, limit=batches)
         counts = count_choices(bind, params, held_out, cfg.model)
         report = {

@@ -1,7 +1,6 @@
 """`hybridlm eval`: a run's latest checkpoint on held-out text, beside two baselines on the same bytes."""
 
 import gzip
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,14 @@ import jax
 import numpy as np
 
 from hybridlm import config
-from hybridlm.data.pipeline import evaluation_batches, load_corpus, load_whole
+from hybridlm.data.corpus import load_corpus, load_whole
+from hybridlm.data.pipeline import evaluation_batches
+from hybridlm.evaluation.texts import data_from_spec
 from hybridlm.model import build
-from hybridlm.sharding import check_batch, make_mesh, spec
+from hybridlm.sharding import check_batch, spec
 from hybridlm.train.checkpoint import Checkpoints, abstract_state
 from hybridlm.train.held_out import evaluate, make_eval_step
+from hybridlm.train.mesh_choice import run_mesh
 
 
 def evaluate_run(cfg: config.Config, run_dir: Path, *, data_spec: str | None) -> dict[str, Any]:
@@ -22,26 +24,18 @@ def evaluate_run(cfg: config.Config, run_dir: Path, *, data_spec: str | None) ->
     The mesh is `cfg.sharding.mesh`, which need not be the one the run was trained on.
     """
     corpus = load_corpus(cfg.data) if data_spec is None else load_whole(data_from_spec(cfg.data, data_spec))
-    mesh = make_mesh(cfg.sharding.mesh)
-    check_batch(cfg.train, mesh)
+    mesh = run_mesh(cfg)
+    check_batch(cfg, mesh)
     init, bind = build(cfg.model, cfg.kernels)
-    with jax.set_mesh(mesh), Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(run_dir / "checkpoints", cfg.model, cfg.checkpoint) as checkpoints:
         params = checkpoints.restore_params(abstract_state(lambda: init(jax.random.key(0)), mesh))
-        rows = jax.NamedSharding(mesh, spec("batch"))
+        rows = jax.NamedSharding(mesh, spec("sequences", "time"))
         batches = evaluation_batches(corpus.validation, batch_size=cfg.train.batch_size, sharding=rows, limit=None)
         report = {"step": checkpoints.latest_step()} | evaluate(make_eval_step(bind), params, batches)
     report |= baselines(corpus.validation_bytes())
     print(f"data             {corpus.description}")
     print(table(report))
     return report
-
-
-def data_from_spec(data: config.Data, spec: str) -> config.Data:
-    """The text that `--data` names: `python-stdlib`, a .jsonl file (or .jsonl.gz), or text files."""
-    if spec == "python-stdlib":
-        return replace(data, source="python-stdlib", path=None)
-    source = "jsonl" if spec.endswith((".jsonl", ".jsonl.gz")) else "text"
-    return replace(data, source=source, path=spec)
 
 
 def table(report: dict[str, Any]) -> str:
