@@ -1,0 +1,1 @@
+"""`hybridlm report`: what a run wrote down, as one HTML file that needs nothing else."""
