@@ -1,0 +1,5 @@
+"""`python -m hybridlm.cli`."""
+
+from hybridlm.cli import main
+
+main()

@@ -1,0 +1,67 @@
+"""`hybridlm finetune`: its options."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from hybridlm import config_io
+from hybridlm.config import Config, Finetune, LoRA
+from hybridlm.config_check import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.epilog = "The same command goes on where it was stopped. Any field of the config can be set, as for train."
+    parser.add_argument("config", nargs="?", help="what `hybridlm train` takes (default: the config of --init-from)")
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="whose parameters it begins with; a Hugging Face directory is imported to DIR.pretrained first",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the new run")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, and nothing else")
+    parser.add_argument("--dora", action="store_true", help="with --lora: train norms and directions apart")
+
+
+def finetune(args: argparse.Namespace, overrides: list[str]) -> int:
+    from hybridlm.distributed import joined
+
+    with joined():
+        from hybridlm.train.finetuned import finetune_run, is_published
+
+        source = imported(args.init_from, args.out) if is_published(args.init_from) else args.init_from
+        config = config_io.override(config_of(args, source), overrides)
+        return finetune_run(config, source, args.out)
+
+
+def imported(published: Path, out: Path) -> Path:
+    """A run of a published model, made beside `out` unless it is there from an earlier start."""
+    import jax
+
+    from hybridlm.interop import import_run
+
+    if jax.process_count() > 1:
+        raise ConfigError(f"--init-from {published}", ": one process has to make a run of it first: hybridlm import")
+    run = out.with_name(f"{out.name}.pretrained")
+    if not run.exists():
+        import_run(published, run)
+    return run
+
+
+def config_of(args: argparse.Namespace, source: Path) -> Config:
+    """The named config, or that of the run `source`, with what `--lora` and `--dora` say."""
+    if args.config is not None:
+        config = config_io.load_config(args.config)
+    else:
+        config = replace(config_io.load_run_config(source), finetune=Finetune())
+    if args.lora is None:
+        if args.dora:
+            raise ConfigError("--dora", ": is a kind of --lora; give that as well, as in --lora 8 --dora")
+        return config
+    try:
+        lora = replace(config.finetune.lora or LoRA(), rank=args.lora, dora=args.dora)
+    except ConfigError as error:
+        raise ConfigError("--lora", error.message) from None
+    return replace(config, finetune=replace(config.finetune, lora=lora))
