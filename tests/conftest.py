@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +28,15 @@ from hybridlm.config import (
     TopK,
     Train,
 )
+from tests import processes
+from tests.corpora import write_corpus
 
 # Compiling is most of what the tests do, and what they compile runs for milliseconds: LLVM's optimisations cost a third
-# of a first run. XLA reads this when it starts; flags that are set already stay as they are.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# of a first run, XLA's fusion emitters another. XLA reads this when it starts; flags that are set already stay.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jax.__version_info__ < (0, 11):  # behind it XLA ends the process at a flag that is gone
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -55,13 +60,8 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine small text files of uneven lengths that a tiny model learns quickly."""
-    root = tmp_path_factory.mktemp("corpus")
-    words = np.random.default_rng(0)
-    for i in range(9):
-        sentences = words.choice(["the cat sat. ", "a dog ran. ", "one bird sang. "], size=40 + 7 * i)
-        (root / f"{i}.txt").write_text("".join(sentences))
-    return root
+    """Nine small text files."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"), files=9, sentences=40)
 
 
 @pytest.fixture(scope="session")
@@ -162,13 +162,17 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., Invoked]:
 @pytest.fixture(scope="session")
 def process_environment() -> dict[str, str]:
     """For subprocesses: this checkout's packages, the CPU with as many devices as here, the same compilation cache."""
-    root = Path(__file__).parent.parent
-    return os.environ | {
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
-        "PYTHONUNBUFFERED": "1",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    return processes.environment(CACHE)
+
+
+@pytest.fixture
+def start(process_environment: dict[str, str], tmp_path: Path) -> Iterator[processes.Start]:
+    """`start(num_processes, devices_per_process, *words)`: `hybridlm train WORDS` in so many processes."""
+    with processes.starting(process_environment, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A port of this machine that nobody listens on."""
+    return processes.free_port

@@ -76,10 +76,10 @@ def test_a_mistake_is_told_before_jax_is_loaded(words: str, process_environment:
     [
         (
             ("--sharding.mesh.data=3",),
-            ("sharding.mesh: data=3, fsdp=1, expert=1, tensor=1 needs 3 devices, which must equal the 8 there are",),
+            ("sharding.mesh: data=3 needs 3 devices, which must equal the 8 there are",),
         ),
         (("--sharding.mesh.fsdp=3",), ("sharding.mesh: ", "must divide the 8", "set one axis to -1")),
-        (("--train.batch_size=12",), ("train.batch_size=12: ", "must divide by data x fsdp x expert = 8")),
+        (("--train.batch_size=12",), ("train.batch_size=12: ", "must divide by slices x data x fsdp x expert = 8")),
         (
             ("--sharding.mesh.tensor=8",),
             (
@@ -93,6 +93,10 @@ def test_a_mistake_is_told_before_jax_is_loaded(words: str, process_environment:
         (("--data.tokenizer=nowhere.json",), ("data.tokenizer", "nowhere.json")),
         (("--model.vocab_size=100",), ("model.vocab_size=100: ", "has 257 tokens")),
         (("--optimizer.schedule.warmup_steps=13",), ("optimizer.schedule", "train.steps=12")),
+        (
+            ('--sharding.xla-options=["xla_no_such_option=1"]',),
+            ("sharding.xla_options: INVALID_ARGUMENT: No such compile option: 'xla_no_such_option'",),
+        ),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(
@@ -137,10 +141,11 @@ def test_a_run_of_another_config_and_fresh_are_refused(invoke: Invoke, config_fi
     ("words", "parts"),
     [
         (("--context", "1"), ("--context=1: must be at least 2",)),
+        (("--pairs", "4"), ("--pairs: is for runs on a task of `hybridlm list tasks`",)),
         (("--json", "nowhere/report.json"), ("--json nowhere/report.json: no directory nowhere",)),
         (("--json", "."), ("--json .: is a directory; name a file in it",)),
         (("--data", "nowhere.txt"), ("data.path='nowhere.txt': No such file",)),
-        (("--model.width=32",), ("has embedding of shape (264, 16), not (264, 32)", "leave the run's model.*")),
+        (("--model.width=32",), ("has params.embedding of shape (264, 16), not (264, 32)", "leave the run's model.*")),
     ],
 )
 def test_wrong_words_of_eval(invoke: Invoke, trained_run: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
@@ -201,6 +206,7 @@ def test_show_and_list(invoke: Invoke) -> None:
         "routers": "PreGated",
         "gates": "GRKANGate",
         "optimizers": "AdamW",
+        "tasks": "mqar",
     }
     for what, name in listed.items():
         code, out, _ = invoke("list", what)

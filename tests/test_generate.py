@@ -1,6 +1,6 @@
 """Generation: prefill, decoding and sampling against re-running the whole text and against NumPy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from hybridlm import generate as generation
 from hybridlm.config import Config
 from hybridlm.config_check import ConfigError
 from hybridlm.data.tokenizers import ByteTokenizer
-from hybridlm.generate import Sampling, generate, prefill, sample
+from hybridlm.generate import Sampler, Sampling, beginning, generate, sample
 from hybridlm.mixers.base import Segments
-from hybridlm.run import Model
+from hybridlm.model.compiled import Model
 
 GREEDY = Sampling(temperature=0.0)
 PROMPT = b"the cat sat. a dog ran. one bi"
@@ -63,11 +63,26 @@ def test_greedy_is_the_argmax_of_the_whole_text_run_again(loaded: Any) -> None:
 
 def test_prefill_in_chunks_equals_whole(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, _ = loaded
-    ids = np.array([tokenizer.end_id, *PROMPT], np.int32)
+    rows = [beginning(tokenizer, PROMPT[:length]) for length in (0, 7, 8, 9, len(PROMPT))]
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 8)
-    logits, state = prefill(model, ids, length=40)
-    np.testing.assert_allclose(logits[0], padded_logits(model, list(ids)), rtol=1e-4, atol=1e-4)
-    assert int(state["position"][0]) == len(ids)
+    logits, state = Sampler(model.bind, tokenizer.vocab_size, GREEDY).prefill(model.params, rows, length=40)
+    np.testing.assert_array_equal(state["position"], [len(row) for row in rows])
+    for found, row in zip(logits, rows, strict=True):
+        np.testing.assert_allclose(found, padded_logits(model, row.tolist()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_k=20)], ids=str)
+def test_rows_of_one_batch_are_drawn_as_if_alone(loaded: Any, sampling: Sampling) -> None:
+    model, tokenizer, _ = loaded
+    prompts = [b"", b"the cat", PROMPT]
+    sampler = Sampler(model.bind, tokenizer.vocab_size, sampling)
+    keys = np.stack([jax.random.key_data(jax.random.key(seed)) for seed in range(3)])
+    rows = [beginning(tokenizer, prompt) for prompt in prompts]
+    together = np.stack(list(sampler(model.params, rows, keys, 9)), axis=1)
+    for seed, (prompt, found) in enumerate(zip(prompts, together, strict=True)):
+        alone = list(generate(model, tokenizer, prompt, max_new_tokens=9, sampling=sampling, seed=seed))
+        assert found[: len(alone)].tolist() == alone
+        assert len(alone) == 9 or found[len(alone)] == tokenizer.end_id
 
 
 def test_memory_does_not_grow_with_the_text(tiny_config: Config, loaded: Any) -> None:
@@ -86,24 +101,26 @@ class Scripted:
     """A model whose logits always favour the next token of a script, whatever it reads."""
 
     def __init__(self, script: list[int], size: int):
-        self.params = jax.nn.one_hot(jnp.array(script), size) * 50.0
+        self.params = {"logits": jax.nn.one_hot(jnp.array(script), size) * 50.0}
 
-    def bind(self, params: jax.Array) -> Callable[..., Any]:
-        def call(tokens: jax.Array, segment_ids: jax.Array | None, state: Any) -> Any:
-            logits = jax.lax.dynamic_slice_in_dim(params, state, 1)[None]
-            return jnp.broadcast_to(logits, (*tokens.shape, params.shape[1])), state + 1
+    def bind(self, params: Any) -> Any:
+        return ScriptedLM(params["logits"])
 
-        return call
 
-    def __call__(self, tokens: jax.Array, segment_ids: jax.Array, state: Any) -> Any:
-        return self.bind(self.params)(tokens, segment_ids, state)
+class ScriptedLM:
+    def __init__(self, logits: jax.Array):
+        self.logits = logits
 
-    def init_state(self, batch: int, length: int) -> jax.Array:
-        return jnp.zeros((), jnp.int32)
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None, state: Any) -> Any:
+        logits = jax.lax.dynamic_slice_in_dim(self.logits, state["place"], 1)[None]
+        return jnp.broadcast_to(logits, (*tokens.shape, self.logits.shape[1])), {"place": state["place"] + 1}
+
+    def init_state(self, batch: int, length: int) -> Any:
+        return {"place": jnp.zeros((), jnp.int32)}
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[int], int], list[int]]]:
+def scripted() -> Callable[[list[int], int], list[int]]:
     def run(script: list[int], max_new_tokens: int) -> list[int]:
         # Unwrapped: the stand-in is no Model, which the run-time type check would refuse.
         return list(
@@ -112,8 +129,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[int], i
             )
         )
 
-    monkeypatch.setattr(generation, "prefill", generation.prefill.__wrapped__)
-    yield run
+    return run
 
 
 def test_the_end_of_the_document_stops_it(scripted: Callable[[list[int], int], list[int]]) -> None:

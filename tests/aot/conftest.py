@@ -2,15 +2,12 @@
 
 from typing import Any
 
-import jax
 import pytest
-from jax.experimental import topologies
+
+from tests.absent import absent_tpus
 
 
 @pytest.fixture(scope="session")
 def sixteen_chips() -> Any:
     """Of a TPU v5e slice."""
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
-        pytest.skip(f"no TPU compiler: {error}")
+    return absent_tpus("v5e:4x4")

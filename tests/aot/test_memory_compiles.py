@@ -23,7 +23,7 @@ def memory_table(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", ["rows", "grid", "grid, blocks of 128"])
+@pytest.mark.parametrize("spread", ["rows", "grid, blocks of 128"])
 def test_a_step_takes_little_more_than_the_table(spread: str, memory_table: Any, sixteen_chips: Any) -> None:
     """Dense gradients and Adam would peak above 6 GiB per chip; the table itself is 1 GiB of each."""
     with jax.set_mesh(make_mesh(memory_table.SPREADS[spread], sixteen_chips)):

@@ -1,19 +1,13 @@
 """The training step compiles for a TPU slice that is not there, with the TPU's own kernels in it."""
 
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import NamedSharding
 
 from hybridlm import config
-from hybridlm.model import build
-from hybridlm.optim import make_optimizer
-from hybridlm.sharding import make_mesh, spec
-from hybridlm.train.step import init_state, make_train_step
+from hybridlm.plan.collectives import Collective, collectives
+from hybridlm.plan.compile import CompiledStep, compile_step
+from hybridlm.plan.topology import prepare_process, topology
 
 pytest.importorskip("libtpu", reason="needs libtpu, which brings the TPU compiler: pip install 'hybridlm[tpu]'")
 
@@ -33,32 +27,44 @@ MODEL = config.Model(
 )
 
 
-@pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Four TPU v5e chips, known to the compiler alone."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+def compiled(mesh: config.Mesh, **train: Any) -> CompiledStep:
+    run = config.Config(
+        model=MODEL,
+        data=config.Data(seq_len=LENGTH),
+        train=config.Train(batch_size=BATCH, **train),
+        sharding=config.Sharding(mesh=mesh),
+    )
+    four_chips = topology("v5e:2x2")
+    prepare_process(four_chips)
+    return compile_step(run, four_chips)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 1, 2)], ids=str)
-def test_train_step_of_a_griffin_compiles(shape: tuple[int, int, int], devices: Any) -> None:
-    data, fsdp, tensor = shape
-    optimizer, schedule = make_optimizer(config.AdamW(), steps=1000)
-    mesh = make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor), devices)
-    with jax.set_mesh(mesh):
-        init, bind = build(MODEL, config.Kernels())
-        state = jax.eval_shape(partial(init_state, init, optimizer, 0))
-        rows = NamedSharding(mesh, spec("batch", None))
-        names = ("tokens", "targets", "segment_ids", "positions", "target_bytes")
-        batch = {name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=rows) for name in names}
-        batch["loss_weight"] = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.float32, sharding=rows)
-        compiled = make_train_step(bind, optimizer, schedule, config.Train()).lower(state, batch).compile()
-    text = compiled.as_text()
+@pytest.mark.parametrize(
+    "mesh",
+    [config.Mesh(data=1, fsdp=4), config.Mesh(data=2, tensor=2), config.Mesh(data=1, context=4)],
+    ids=["fsdp", "tensor", "context"],
+)
+def test_train_step_of_a_griffin_compiles(mesh: config.Mesh) -> None:
+    step = compiled(mesh)
+    text = step.dump.hlo
     assert "tpu_custom_call" in text
     for kernel in ("splash", "rg_lru", "rg_lru_adjoint", "short_conv", "short_conv_adjoint"):
         assert kernel in text
     assert "bf16[" in text  # activations, by the platform of the mesh and not of this process
     # Every buffer fits: no [LENGTH, LENGTH] of scores per head and layer, parameters a share per device.
-    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+    assert step.dump.compiled is not None
+    assert step.dump.compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gradient_dtype", "dtype"), [("auto", "bf16"), ("float32", "f32")])
+def test_gradients_travel_in_the_dtype_that_is_asked_for(gradient_dtype: str, dtype: str) -> None:
+    step = compiled(config.Mesh(data=4), gradient_dtype=gradient_dtype)
+    # XLA adds up all weights' gradients of a dtype together; those of norms are float32 anyway.
+    largest = max(sums(step), key=lambda each: each.bytes * each.runs)
+    assert largest.dtype == dtype, sums(step)
+
+
+def sums(step: CompiledStep) -> list[Collective]:
+    return [each for each in collectives(step.program, step.mesh) if each.kind in ("all-reduce", "reduce-scatter")]

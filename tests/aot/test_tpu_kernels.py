@@ -20,11 +20,11 @@ from hybridlm_kernels import (
 from hybridlm_kernels.bench.cases import BOTH, FORWARD, Workload
 from hybridlm_kernels.bench.chips import CHIPS
 from hybridlm_kernels.bench.static_tpu import Failure, Report, analyze
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hybridlm.config import RGLRU
 from hybridlm.config_io import load_config
+from tests.absent import absent_tpus
 
 pytest.importorskip("libtpu", reason="needs libtpu, which brings the TPU compiler: pip install 'hybridlm[tpu]'")
 
@@ -172,21 +172,17 @@ def calls(op: str) -> tuple[Any, list[tuple[int, ...]]]:
             return lambda x, w: short_conv(x, w, activation="silu"), [wide, (4, D)]
 
 
-def four_chips(shape: tuple[int, ...], names: list[str], monkeypatch: pytest.MonkeyPatch) -> jax.sharding.Mesh:
+def four_chips(shape: tuple[int, ...], names: list[str]) -> jax.sharding.Mesh:
     """A mesh of v5e chips that are not there."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+    devices = np.array(absent_tpus("v5e:2x2"))
     return jax.sharding.Mesh(devices.reshape(shape), names, axis_types=(AxisType.Explicit,) * len(names))
 
 
 @pytest.mark.parametrize("axes", [("data", None, "tensor"), (None, "context", None)], ids=["shards", "cut sequence"])
 @pytest.mark.parametrize("op", [*OPS, pytest.param("gated_delta_rule", marks=pytest.mark.slow)])
-def test_sharded_kernels_gather_nothing_with_time_in_it(
-    op: str, axes: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sharded_kernels_gather_nothing_with_time_in_it(op: str, axes: tuple[str | None, ...]) -> None:
     names = [name for name in axes if name]
-    mesh = four_chips((4,) if len(names) == 1 else (2, 2), names, monkeypatch)
+    mesh = four_chips((4,) if len(names) == 1 else (2, 2), names)
     function, shapes = calls(op)
 
     def operand(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -205,9 +201,9 @@ def test_sharded_kernels_gather_nothing_with_time_in_it(
         assert axes[1] and not re.search(rf"\b({T}|{T // 4})\b", result), result
 
 
-def test_training_the_delta_rule_needs_few_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_the_delta_rule_needs_few_temporaries() -> None:
     """Forward and gradient at k = v = 128 in bfloat16: states between chunks and operands laid out by heads."""
-    mesh = four_chips((4,), ["data"], monkeypatch)
+    mesh = four_chips((4,), ["data"])
     rows = NamedSharding(mesh, PartitionSpec("data"))
     wide = jax.ShapeDtypeStruct((4, 32768, 4, 128), jnp.bfloat16, sharding=rows)
     gate = jax.ShapeDtypeStruct(wide.shape[:3], jnp.float32, sharding=rows)
@@ -224,10 +220,10 @@ def test_training_the_delta_rule_needs_few_temporaries(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["as wide as x", "wider than x"])
-def test_grouped_matmul_copies_no_operand(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_matmul_copies_no_operand(dtype: Any) -> None:
     """Forward and gradient of 8 groups on each of four chips: beside results there is room for lists of visits. Wider
     matrices are rounded into the memory of a result."""
-    mesh = four_chips((4,), ["expert"], monkeypatch)
+    mesh = four_chips((4,), ["expert"])
     part = PartitionSpec("expert")
 
     def step(x: Any, w: Any, sizes: Any, dy: Any) -> Any:
@@ -260,15 +256,12 @@ def test_grouped_matmul_copies_no_operand(dtype: Any, monkeypatch: pytest.Monkey
         *[pytest.param(chip, 4, jnp.bfloat16, marks=pytest.mark.slow) for chip in CHIPS if chip != "v5e"],
         pytest.param("v5e", 1, jnp.float32, marks=pytest.mark.slow),
         pytest.param("v5e", 8, jnp.float32, marks=pytest.mark.slow),
-        pytest.param("v6e", 2, jnp.bfloat16, marks=pytest.mark.slow),
     ],
 )
-def test_memory_lookups_copy_no_table(chip: str, tiles: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_lookups_copy_no_table(chip: str, tiles: int, dtype: Any) -> None:
     """Beside operands and results there are lists of pairs and the vectors as tiles, and nothing of the table's size.
     Rows lie in one piece, in the order of their numbers."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices
+    devices = absent_tpus(CHIPS[chip].topology)
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
     t, k, n = 1024, 64, 2**23 // tiles
 

@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,8 +160,10 @@ def test_named_files_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
 def test_commands_and_options_exist(page: Path) -> None:
     for line in commands(page):
-        words = line.split()
+        words = shlex.split(line, comments=True)
         known = options_of(words[1]) if words[0] == "hybridlm" else set().union(*map(options_of, subcommands()))
+        if "--" in words[:-1]:  # and behind it another command
+            known |= options_of(words[words.index("--") + 1])
         for word in words:
             option, _, value = word.partition("=")
             if not re.match(r"--\w", word) or option in known:

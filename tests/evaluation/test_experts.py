@@ -13,7 +13,8 @@ import pytest
 from hybridlm import config
 from hybridlm.config import Config
 from hybridlm.config_check import ConfigError
-from hybridlm.data.pipeline import evaluation_batches, load_corpus
+from hybridlm.data.corpus import load_corpus
+from hybridlm.data.pipeline import evaluation_batches
 from hybridlm.evaluation.experts import of_layer, table, usage_of_run
 from hybridlm.ffns.moe.routers.topk import TopK
 from hybridlm.mixers.base import Segments

@@ -16,9 +16,10 @@ import pytest
 import hybridlm
 from hybridlm import cli
 from hybridlm.config import Config
-from hybridlm.data.pipeline import load_corpus
+from hybridlm.data.corpus import load_corpus
 from hybridlm.data.sources import read_documents, split_documents
 from hybridlm.evaluation.perplexity import baselines, evaluate_run, table
+from hybridlm.losses import Head
 from hybridlm.train.held_out import evaluate, make_eval_step, position_buckets
 
 TEXT = "the cat sat. a dog ran. é one bird sang. the dog sat. " * 3
@@ -75,7 +76,7 @@ def test_held_out_text_of_the_run(trained_run: Path, tiny_config: Config, capsys
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
-def test_other_text_in_another_window_by_command(trained_run: Path, tmp_path: Path, kind: str) -> None:
+def test_other_text_in_another_window_by_command(run: Path, tmp_path: Path, kind: str) -> None:
     if kind == "text":
         source, documents = tmp_path / "other.txt", [TEXT.encode()]
         source.write_bytes(documents[0])
@@ -83,9 +84,9 @@ def test_other_text_in_another_window_by_command(trained_run: Path, tmp_path: Pa
         source, documents = tmp_path / "other.jsonl", [TEXT[:70].encode(), TEXT[70:].encode()]
         source.write_text("".join(json.dumps({"text": d.decode()}) + "\n" for d in documents))
     out = tmp_path / "report.json"
-    words = ["eval", str(trained_run), "--data", str(source), "--context", "48", "--json", str(out)]
+    words = ["eval", str(run), "--data", str(source), "--context", "48", "--json", str(out)]
     assert cli.run(words) == 0
-    assert_equals(json.loads(out.read_text()), *float64_scores(trained_run, documents, 48))
+    assert_equals(json.loads(out.read_text()), *float64_scores(run, documents, 48))
 
 
 def test_rows_of_padding_do_not_count(trained_run: Path, tiny_config: Config, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_choices_that_find_no_place_are_averaged_over_layers_and_batches() -> No
         def features(tokens: Any, segments: Any, step: Any) -> Any:
             return jnp.zeros((*tokens.shape, 1)), {}, {name: x * tokens[0, 0] for name, x in by_layer.items()}
 
-        return SimpleNamespace(features=features, logits=lambda x: x, cfg=SimpleNamespace(vocab_size=1))
+        return SimpleNamespace(features=features, head=lambda: Head(jnp.ones((1, 1)), tied=True))
 
     ones = jnp.ones((2, 3), jnp.int32)
     names = ("targets", "segment_ids", "positions", "loss_weight", "target_bytes")

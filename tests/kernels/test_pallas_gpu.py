@@ -235,7 +235,9 @@ def test_short_conv_and_its_adjoint_agree_with_a_loop(
 def test_derivatives_of_activations_are_those_of_jax(activation: str | None, rng: np.random.Generator) -> None:
     p = jnp.asarray([-100.0, -30.0, 0.0, 30.0, 100.0, *rng.normal(size=50, scale=4)], jnp.float32)
     functions = {None: lambda p: p, "silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
-    expected = jax.jvp(functions[activation], (p,), (jnp.ones_like(p),))
+    with jax.enable_x64(True):
+        wide = jnp.asarray(exact(p))
+        expected = jax.jvp(functions[activation], (wide,), (jnp.ones_like(wide),))
     for result, value in zip(short_conv.ACTIVATIONS[activation](p), expected, strict=True):
         np.testing.assert_allclose(result, value, rtol=3e-6, atol=3e-6)
 

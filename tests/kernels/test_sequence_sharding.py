@@ -79,7 +79,7 @@ def assert_close(got, want):
 
 @cuts
 @pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "with state"])
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["one document", "packed"])
 @pytest.mark.parametrize("op", ["linear_scan", "complex linear_scan", "reverse linear_scan", "rg_lru", "short_conv"])
 def test_a_cut_sequence_equals_one_device(op, packed, with_state, num):
     reverse, op = op.startswith("reverse"), op.removeprefix("reverse ")

@@ -59,17 +59,32 @@ def block_oracle(p: Any, cfg: config.Attention, x: np.ndarray, ids: np.ndarray, 
         out, half = z.copy(), int(z.shape[-1] * cfg.rope_fraction) // 2
         for row, t, head, j in np.ndindex(*z.shape[:3], half):
             pair = complex(z[row, t, head, j], z[row, t, head, j + half])
-            turned = pair * np.exp(1j * positions[row, t] * cfg.rope_theta ** (-j / half))
+            turned = pair * np.exp(1j * positions[row, t] * frequency(cfg, cfg.rope_theta ** (-j / half)))
             out[row, t, head, j], out[row, t, head, j + half] = turned.real, turned.imag
         return out
 
-    q, k, v = (np.einsum("btd,dhk->bthk", x, p[name]) for name in ("w_q", "w_k", "w_v"))
+    q, k, v = (np.einsum("btd,dhk->bthk", x, p[f"w_{name}"]) + p.get(f"b_{name}", 0.0) for name in "qkv")
     if cfg.qk_norm:
         q, k = normed(q, p["q_norm"]["scale"]), normed(k, p["k_norm"]["scale"])
     o = attention_oracle(rotated(q), rotated(k), v, visible_keys(ids, cfg.window), cfg.logit_soft_cap, np)
     if cfg.out_gate:
         o = o / (1 + np.exp(-np.einsum("btd,dhk->bthk", x, p["w_g"])))
     return np.einsum("bthk,hkd->btd", o, p["w_o"]) + p.get("b_o", 0.0)
+
+
+def frequency(cfg: config.Attention, plain: float) -> float:
+    """Radians per token; Llama 3.1 stretches those of long wavelengths."""
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return plain
+    wavelength = 2 * np.pi / plain
+    if wavelength < scaling.original_length / scaling.high_frequency:
+        return plain
+    if wavelength > scaling.original_length / scaling.low_frequency:
+        return plain / scaling.factor
+    smooth = scaling.original_length / wavelength - scaling.low_frequency
+    smooth /= scaling.high_frequency - scaling.low_frequency
+    return (1 - smooth) * plain / scaling.factor + smooth * plain
 
 
 @pytest.mark.parametrize(
@@ -81,8 +96,17 @@ def block_oracle(p: Any, cfg: config.Attention, x: np.ndarray, ids: np.ndarray, 
         config.Attention(num_heads=2, num_kv_heads=1, window=1, rope_fraction=0.0),
         config.Attention(num_heads=2, num_kv_heads=2, window=40, qk_norm=True, out_bias=True, rope_theta=100.0),
         config.Attention(num_heads=4, num_kv_heads=2, head_dim=6, rope_fraction=0.34, qk_norm=True, out_gate=True),
+        # Wavelengths of 6 to 114 tokens: one of the four stays, one is in between, two are stretched.
+        config.Attention(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            qkv_bias=True,
+            rope_theta=50.0,
+            rope_scaling=config.Llama3Rope(original_length=32),
+        ),
     ],
-    ids=["mha", "gqa", "mqa-window-cap", "window-of-one", "norm-bias", "gate"],
+    ids=["mha", "gqa", "mqa-window-cap", "window-of-one", "norm-bias", "gate", "biases-stretched"],
 )
 def test_block_equals_the_oracle(cfg: config.Attention, rng: np.random.Generator) -> None:
     t, d = 23, 20

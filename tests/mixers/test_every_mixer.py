@@ -4,7 +4,9 @@ Letters: b batch, t time, d model width.
 """
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ from hybridlm import config
 from hybridlm.config_check import ConfigError
 from hybridlm.mixers import MIXERS
 from hybridlm.mixers.base import Context, Segments
-from hybridlm.sharding import make_mesh
+from hybridlm.sharding import make_mesh, spec
 
 B, T, D = 8, 37, 32
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative L2, float32 against float32 in another order of operations
@@ -74,19 +76,20 @@ def subject_of(cfg: config.Mixer) -> Subject:
     )
 
 
-def examples() -> list[Any]:
-    """One process runs all of an example's tests, which share what they compile. The slow stage runs what is not the
-    first example of its mixer."""
-    params = []
+def examples() -> Iterator[tuple[config.Mixer, str, bool]]:
+    """With its name, and whether it is the first of its mixer."""
     for entry in MIXERS.entries.values():
         for i, cfg in enumerate(entry.examples):
-            name = f"{type(cfg).__name__}{i}"
-            marks = [pytest.mark.xdist_group(name), *([pytest.mark.slow] if i else [])]
-            params.append(pytest.param(cfg, id=name, marks=marks))
-    return params
+            yield cfg, f"{type(cfg).__name__}{i}", i == 0
 
 
-@pytest.fixture(params=examples())
+def case(*values: Any, example: str, case: str, is_slow: bool) -> Any:
+    """One process runs all of an example's tests, which share what they compile."""
+    marks = [pytest.mark.xdist_group(example), *([pytest.mark.slow] if is_slow else [])]
+    return pytest.param(*values, id=case, marks=marks)
+
+
+@pytest.fixture(params=[case(cfg, example=name, case=name, is_slow=not first) for cfg, name, first in examples()])
 def subject(request: pytest.FixtureRequest) -> Subject:
     return subject_of(request.param)
 
@@ -233,41 +236,73 @@ def test_extreme_inputs_give_finite_gradients(subject: Subject, rng: np.random.G
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(8, 1, 1), (1, 8, 1), (1, 2, 4)])],
-    ids=str,
+def mesh_id(mesh: config.Mesh) -> str:
+    axes = vars(mesh).items()
+    return " ".join(f"{axis}={size}" for axis, size in axes if size > 1)
+
+
+MESHES = (config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(data=1, fsdp=2, context=4))
+MORE_MESHES = (
+    config.Mesh(data=8),
+    config.Mesh(data=1, fsdp=8),
+    config.Mesh(data=1, fsdp=2, tensor=4),
+    config.Mesh(data=1, context=8),
+    config.Mesh(slices=2, data=1, context=2, tensor=2),
 )
-def test_sharded_equals_unsharded(subject: Subject, rng: np.random.Generator, shape: tuple[int, int, int]) -> None:
+
+
+def sharded() -> Iterator[Any]:
+    """The first example of a mixer on every mesh, the others on two."""
+    for cfg, name, first in examples():
+        for mesh in MESHES + (MORE_MESHES if first else ()):
+            is_slow = not first or mesh in MORE_MESHES
+            yield case(cfg, mesh, example=name, case=f"{name}-{mesh_id(mesh)}", is_slow=is_slow)
+
+
+def assert_does_not_divide(error: ConfigError) -> None:
+    """`tensor` is refused, and rightly: an axis of a parameter is not a multiple of its devices."""
+    found = re.search(
+        r"sharding.mesh: (.*) = (\d+) must divide every '.*' axis of the model, and one has size (\d+)", str(error)
+    )
+    assert found and "tensor" in found[1], error
+    assert int(found[3]) % int(found[2]) != 0, error
+
+
+@pytest.mark.parametrize(("subject", "mesh"), list(sharded()), indirect=["subject"])
+def test_sharded_equals_unsharded(subject: Subject, rng: np.random.Generator, mesh: config.Mesh) -> None:
     module = MIXERS.module_of(subject.cfg)
-    data, fsdp, tensor = shape
+    # The tiers that go token by token have a whole sequence before them.
+    context = replace(CONTEXT, kernels=config.Kernels()) if mesh.context > 1 else CONTEXT
     segments = segments_of(packed_ids())
     x, cotangent = steady_inputs(subject, segments, rng)
-    mesh = make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor))
-    with jax.set_mesh(mesh):
+    real = (segments.ids != 0)[:, :, None]
+    # Padding at the end, so that devices can share the time.
+    longer = ((0, 0), (0, -T % 8 if mesh.context > 1 else 0), (0, 0))
+    batch = np.pad(x, longer), Segments(*(np.pad(a, longer[:2]) for a in segments)), np.pad(cotangent, longer)
+    devices = make_mesh(mesh)
+    with jax.set_mesh(devices):
         try:
-            made = jax.eval_shape(lambda key: module(subject.cfg, CONTEXT, nnx.Rngs(params=key)), jax.random.key(0))
-        except ConfigError:
-            pytest.skip(f"the example does not divide by tensor={tensor}")
+            made = jax.eval_shape(lambda key: module(subject.cfg, context, nnx.Rngs(params=key)), jax.random.key(0))
+        except ConfigError as error:
+            assert_does_not_divide(error)
+            pytest.skip(f"the example does not divide by tensor={mesh.tensor}")
         graphdef, state = nnx.split(made)
 
         def objective(params: Any, x: Any, segments: Segments, cotangent: Any) -> Any:
             y, _, _ = nnx.merge(graphdef, params)(x, segments, None, {})
             return jnp.sum(y * cotangent), y
 
-        def put(x: Any, spec: PartitionSpec) -> jax.Array:
-            return jax.device_put(x, NamedSharding(mesh, spec))
+        def put(x: Any, at: PartitionSpec) -> jax.Array:
+            return jax.device_put(x, NamedSharding(devices, at))
 
         placed = jax.tree.map(lambda x, like: put(x, like.sharding.spec), subject.params, nnx.to_pure_dict(state))
-        rows = PartitionSpec(("data", "fsdp", "expert"))
-        batch = jax.tree.map(lambda x: put(x, rows), (x, segments, cotangent))
+        batch = jax.tree.map(lambda x: put(x, spec("sequences", "time")), batch)
         run = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
         (dparams, dx), y = run(placed, *batch)
     want, _ = subject.apply(subject.params, x, segments, None)
     want_params, want_x = subject.gradients(subject.params, x, segments, cotangent)
-    real = (segments.ids != 0)[:, :, None]
-    assert distance(y * real, want * real) < TOLERANCE
-    assert distance(dx, want_x) < GRADIENT_TOLERANCE
+    assert distance(np.asarray(y)[:, :T] * real, want * real) < TOLERANCE
+    assert distance(np.asarray(dx)[:, :T], want_x) < GRADIENT_TOLERANCE
     assert_trees_close(dparams, want_params)
 
 

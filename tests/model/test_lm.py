@@ -113,6 +113,32 @@ def test_untied_unscaled_model_has_its_own_head(tokens: np.ndarray) -> None:
     assert distance(forward(untied, other, tokens), forward(tied, params, tokens)) < FORWARD_TOLERANCE
 
 
+def test_embeddings_are_multiplied_by_what_the_config_says(tokens: np.ndarray) -> None:
+    scaled = config.Model(
+        vocab_size=V, width=D, num_layers=1, pattern=(local,), tied_embedding=False, embedding_scale=3.0
+    )
+    params, _ = params_of(scaled)
+    other = {**params, "embedding": 3.0 * params["embedding"]}
+    plain = replace(scaled, scale_embedding=False, embedding_scale=None)
+    assert distance(forward(scaled, params, tokens), forward(plain, other, tokens)) < FORWARD_TOLERANCE
+
+
+def test_norms_without_an_offset_multiply_by_their_scale(tokens: np.ndarray) -> None:
+    mixer = config.Attention(num_heads=2, num_kv_heads=1, qk_norm=True)
+    offset = config.Model(vocab_size=V, width=D, num_layers=1, pattern=(config.Block(mixer=mixer, ffn=local.ffn),))
+    plain = replace(offset, norm_offset=False)
+    params, _ = params_of(offset)
+
+    def with_one(path: tuple[Any, ...], x: np.ndarray) -> np.ndarray:
+        return x + np.float32(path[-1].key == "scale")
+
+    other = jax.tree_util.tree_map_with_path(with_one, params)
+    assert distance(forward(plain, other, tokens), forward(offset, params, tokens)) < FORWARD_TOLERANCE
+    # Both start as the same function.
+    fresh = [build(model, config.Kernels())[0](jax.random.key(0)) for model in (offset, plain)]
+    assert distance(forward(plain, fresh[1], tokens), forward(offset, fresh[0], tokens)) < FORWARD_TOLERANCE
+
+
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_rematerialisation_changes_no_number(remat: Any, tokens: np.ndarray) -> None:
     params, _ = params_of(SMALL)
@@ -256,7 +282,7 @@ def value_and_gradients(model: config.Model, params: Any, tokens: Any) -> tuple[
         lm = bind(params)
         positions = jnp.cumsum(ids != 0, axis=1)
         x, _, _ = lm.features(tokens, Segments(ids, positions))
-        nll, _ = token_losses(lm.logits, x, jnp.roll(tokens, -1, axis=1), V)
+        nll, _ = token_losses(lm.head(), x, jnp.roll(tokens, -1, axis=1))
         return jnp.mean(nll * (ids != 0))
 
     loss, grads = jax.jit(jax.value_and_grad(objective))(params, tokens, IDS)

@@ -3,7 +3,7 @@
 import pytest
 
 from hybridlm import cli
-from hybridlm.config_io import load_config
+from hybridlm.config_io import load_config, override
 from hybridlm.plan.kernels import kernels_at, kernels_of
 from hybridlm.plan.topology import topology
 
@@ -23,7 +23,14 @@ def test_a_griffin_on_tpu_takes_its_kernels_and_decodes_without_a_loop() -> None
 
 def test_operands_are_shown_as_they_are_sharded() -> None:
     rows = kernels_of(load_config("griffin_1b"), topology("v5p:2x2x2"))
-    assert rows[0].operands[0] == "bfloat16[512@(data,fsdp,expert),2048,2560@tensor]"
+    assert rows[0].operands[0] == "bfloat16[512@fsdp,2048,2560]"
+
+
+def test_the_mesh_is_the_one_that_auto_chooses() -> None:
+    config = override(load_config("griffin_tiny"), ["sharding.auto=true", "train.batch_size=2"])
+    for where, dtype in ((topology("v5e:2x4"), "bfloat16"), (None, "float32")):
+        operands = [row.operands[0] for row in kernels_of(config, where) if row.choice.op == "rg_lru"]
+        assert operands == [f"{dtype}[2@data,256@context,192]", f"{dtype}[8@(data,fsdp),1,192]"]
 
 
 def test_without_a_config_every_operation_is_listed() -> None:
@@ -50,8 +57,8 @@ def test_the_command_prints_operation_tier_reason_and_shapes(capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["griffin_tiny", "--topology", "v5f"], "--topology=v5f: no such device; known are cpu, v4,"),
-        (["griffin_tiny", "--topology", "v5e:3"], "train.batch_size"),
+        (["griffin_tiny", "--topology", "v5f"], "--topology=v5f: no such device; did you mean v5"),
+        (["griffin_tiny", "--topology", "v5e:4x4"], "train.batch_size"),
         (["griffin_tny"], "did you mean griffin_tiny?"),
         (["--train.steps=3"], "train.steps=3: name the config whose fields are meant"),
         (

@@ -19,8 +19,9 @@ def test_bytes_of_a_device_are_those_of_its_parts() -> None:
     state = {
         "cut": jax.ShapeDtypeStruct((8, 6), np.float32, sharding=sharding(spec("rows", "columns"))),
         "whole": jax.ShapeDtypeStruct((3,), np.int16, sharding=sharding(spec())),
+        "not sharded": jax.ShapeDtypeStruct((5,), np.int32),
     }
-    assert bytes_per_device(state) == 2 * 3 * 4 + 3 * 2
+    assert bytes_per_device(state) == 2 * 3 * 4 + 3 * 2 + 5 * 4
 
 
 def test_the_memory_of_a_cpu_is_shared_by_its_devices() -> None:

@@ -17,12 +17,20 @@ import pytest
 import tensorstore
 
 import hybridlm
-from hybridlm.config import Config
+from hybridlm.config import Attention, Block, Checkpoint, Config, Model
 from hybridlm.config_check import ConfigError
 from hybridlm.model import build
 from hybridlm.sharding import make_mesh
-from hybridlm.train.checkpoint import Checkpoints, abstract_state, is_complete
+from hybridlm.train.checkpoint import Checkpoints, abstract_state
 from hybridlm.train.step import TrainState
+from hybridlm.train.steps import is_complete, set_aside_incomplete
+
+
+def opened(directory: Path, model: Model | None = None, **fields: Any) -> Checkpoints:
+    """The latest two are kept. `small_state` is of no model, so that its layers do not matter."""
+    blocks = (Block(mixer=Attention(num_heads=2, num_kv_heads=1), ffn=None),)
+    unused = Model(vocab_size=8, width=8, num_layers=3, pattern=blocks)
+    return Checkpoints(directory, model or unused, Checkpoint(**{"keep": 2, **fields}))
 
 
 def small_state(step: int) -> TrainState:
@@ -38,21 +46,21 @@ def abstract(state: Any) -> Any:
 
 def test_state_and_data_position_come_back_exactly(tmp_path: Path) -> None:
     data = {"corpus": "abc", "batches": {"next_step": 7, "seed": 2**32 - 1}}
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with opened(tmp_path) as checkpoints:
         for step in (3, 5, 7):
             checkpoints.save(step, small_state(step), data, {"width": 4})
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with opened(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 7
         state, restored = checkpoints.restore(abstract(small_state(0)))
     assert restored == data
     jax.tree.map(np.testing.assert_array_equal, state, small_state(7))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["5", "7"]
     config = next(tmp_path.glob("7/config/*.json"))
-    assert json.loads(config.read_text()) == {"width": 4, "format": 2}
+    assert json.loads(config.read_text()) == {"width": 4, "format": 3}
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with opened(tmp_path) as checkpoints:
         checkpoints.save(3, small_state(3), {}, {})
         checkpoints.save(3, small_state(4), {}, {})
         checkpoints.wait()
@@ -62,7 +70,7 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["everything", "_CHECKPOINT_METADATA", "state/_METADATA", "data"])
 def test_an_incomplete_directory_is_set_aside(tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with opened(tmp_path) as checkpoints:
         checkpoints.save(3, small_state(3), {}, {})
     if missing == "everything":
         (tmp_path / "9").mkdir()
@@ -70,16 +78,31 @@ def test_an_incomplete_directory_is_set_aside(tmp_path: Path, missing: str, caps
         shutil.copytree(tmp_path / "3", tmp_path / "9")
         path = tmp_path / "9" / missing
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with opened(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 3
+    assert (tmp_path / "9").is_dir()  # whoever only reads leaves it: a run may be writing here
+    set_aside_incomplete(tmp_path)
     assert (tmp_path / "incomplete.9").is_dir()
     assert "set aside as incomplete.9" in capsys.readouterr().out
+
+
+def test_of_incomplete_directories_those_of_the_last_crash_stay(tmp_path: Path) -> None:
+    kept = tmp_path / "elsewhere"
+    kept.mkdir()
+    (tmp_path / "incomplete.2").symlink_to(kept)
+    for crash in ((5, 9), (9, 12)):
+        for step in crash:
+            (tmp_path / str(step)).mkdir()
+            (tmp_path / str(step) / f"of the crash at {crash[-1]}").touch()
+        set_aside_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "incomplete.12", "incomplete.9"]
+    assert (tmp_path / "incomplete.9" / "of the crash at 12").exists()
 
 
 def test_a_directory_with_none_says_so(tmp_path: Path) -> None:
     (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
     with (
-        Checkpoints(tmp_path, keep=2) as checkpoints,
+        opened(tmp_path) as checkpoints,
         pytest.raises(ConfigError, match="holds no complete checkpoint; train first"),
     ):
         checkpoints.restore_params({})
@@ -88,7 +111,7 @@ def test_a_directory_with_none_says_so(tmp_path: Path) -> None:
 def test_parameters_are_read_without_the_optimizer(trained_run: Path, tiny_config: Config) -> None:
     init, _ = build(tiny_config.model, tiny_config.kernels)
     wanted = abstract(jax.eval_shape(lambda: init(jax.random.key(0))))
-    with Checkpoints(trained_run / "checkpoints", keep=3) as checkpoints:
+    with opened(trained_run / "checkpoints", tiny_config.model) as checkpoints:
         params = checkpoints.restore_params(wanted)
     assert jax.tree.structure(params) == jax.tree.structure(wanted)
     assert params["embedding"].shape == (264, 16)
@@ -98,10 +121,10 @@ def test_parameters_are_read_without_the_optimizer(trained_run: Path, tiny_confi
 def test_another_format_is_refused_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as older:
         older.setattr("hybridlm.train.checkpoint.FORMAT", 1)
-        with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with opened(tmp_path) as checkpoints:
             checkpoints.save(3, small_state(3), {}, {})
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        with pytest.raises(ConfigError, match="3: was written in format 1, and this version goes on from format 2"):
+    with opened(tmp_path) as checkpoints:
+        with pytest.raises(ConfigError, match="3: was written in format 1, and this version goes on from format 3"):
             checkpoints.restore(small_state(3))
         params = checkpoints.restore_params(small_state(3).params)
     np.testing.assert_array_equal(params["w"], small_state(3).params["w"])
@@ -111,7 +134,7 @@ def test_parameters_of_other_shapes_are_refused_clearly(trained_run: Path, tiny_
     model = replace(tiny_config.model, width=32)
     init, _ = build(model, tiny_config.kernels)
     mesh = make_mesh(tiny_config.sharding.mesh)
-    with jax.set_mesh(mesh), Checkpoints(trained_run / "checkpoints", keep=3) as checkpoints:
+    with jax.set_mesh(mesh), opened(trained_run / "checkpoints", model) as checkpoints:
         with pytest.raises(ConfigError) as refusal:
             checkpoints.restore_params(abstract_state(lambda: init(jax.random.key(0)), mesh))
     assert "embedding" in str(refusal.value)
@@ -124,7 +147,7 @@ def test_writes_given_up_after_a_failed_one_print_no_stack(tmp_path: Path, monke
     reported: list[Any] = []
     monkeypatch.setattr("hybridlm.train.checkpoint._report_unraisable", reported.append)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be put back
-    Checkpoints(tmp_path, keep=2)
+    opened(tmp_path)
     promise, write = tensorstore.Promise.new()
 
     async def finish() -> None:
@@ -169,7 +192,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_whole(
     assert "Traceback" not in process.stderr
     assert is_complete(run / "checkpoints" / "4")
     assert not is_complete(run / "checkpoints" / "8")
-    with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
+    with opened(run / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 4
     model, _, _ = hybridlm.load(run)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(model.params))

@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 
 from hybridlm import config_io
-from hybridlm.config import Config, Mesh, Sharding
+from hybridlm.config import Config, Mesh, Part, Sharding
 from hybridlm.config_check import ConfigError
 from hybridlm.model import build
 from hybridlm.optim import make_optimizer
 from hybridlm.sharding import make_mesh
 from hybridlm.train import loop
 from hybridlm.train.checkpoint import Checkpoints, abstract_state
+from hybridlm.train.directory import unchangeable, without_secrets
 from hybridlm.train.loop import train
+from hybridlm.train.metrics import JsonLines
 from hybridlm.train.preemption import StopRequest
 from hybridlm.train.step import init_state
 
@@ -44,7 +46,7 @@ def final_state(config: Config, run: Path) -> list[np.ndarray]:
     init, _ = build(config.model, config.kernels)
     optimizer, _ = make_optimizer(config.optimizer, config.train.steps)
     mesh = make_mesh(Mesh())
-    with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", 3) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", config.model, config.checkpoint) as checkpoints:
         assert checkpoints.latest_step() == config.train.steps
         abstract = abstract_state(partial(init_state, init, optimizer, config.train.seed), mesh)
         state, _ = checkpoints.restore(abstract)
@@ -147,7 +149,7 @@ def test_a_run_moves_to_another_mesh(
 ) -> None:
     data, fsdp, tensor = sizes
     devices = jax.devices()[: data * fsdp * tensor]
-    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, devices))
+    monkeypatch.setattr(loop, "run_mesh", lambda config: make_mesh(config.sharding.mesh, devices))
     moved = replace(tiny_config, sharding=Sharding(mesh=Mesh(data=data, fsdp=fsdp, tensor=tensor)))
     assert train(moved, copy_of_stopped) == 0
     mine, theirs = losses(copy_of_stopped), losses(trained_run)
@@ -202,6 +204,15 @@ def test_a_run_of_another_config_is_refused(
     assert (trained_run / "config.json").read_bytes() == before
 
 
+def test_the_parts_of_a_mixture_may_lie_elsewhere_and_weigh_the_same(tiny_config: Config) -> None:
+    assign = "data.mixture.{}.{}={}".format
+    parts = tuple(Part(name=name, source="text", path=name, weight=1) for name in ("web", "code"))
+    mixed = replace(tiny_config, data=replace(tiny_config.data, path=None, mixture=parts))
+    assert unchangeable(mixed, config_io.override(mixed, [assign(1, "path", "/data/code")])) == []
+    heavier = config_io.override(mixed, [assign(1, "path", "/data/code"), assign(1, "weight", 2)])
+    assert unchangeable(mixed, heavier) == ["data.mixture.1.weight: 1 -> 2.0"]
+
+
 def test_other_text_is_refused_and_the_run_left_as_it_was(
     copy_of_trained: Path, tiny_config: Config, tmp_path: Path
 ) -> None:
@@ -214,7 +225,9 @@ def test_other_text_is_refused_and_the_run_left_as_it_was(
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(tiny_config: Config, tmp_path: Path) -> None:
-    exploding = config_io.override(tiny_config, ["optimizer.peak_lr=1e30", "train.max_nonfinite_steps=3"])
+    exploding = config_io.override(
+        tiny_config, ["optimizer.peak_lr=1e30", "train.max_nonfinite_steps=3", "train.rollbacks=0"]
+    )
     with pytest.raises(FloatingPointError, match=r"not finite 3 times in a row .* lower optimizer.peak_lr"):
         train(exploding, tmp_path / "run")
     records = lines(tmp_path / "run" / "metrics.jsonl")
@@ -227,3 +240,31 @@ def test_a_line_cut_short_by_a_crash_is_left_out(copy_of_stopped: Path, tiny_con
         file.write('{"step": 6, "lo')
     assert train(tiny_config, copy_of_stopped) == 0
     assert losses(copy_of_stopped) == losses(trained_run)
+
+
+def test_a_full_log_disk_stops_the_run_and_spoils_no_checkpoint(
+    tiny_config: Config, tmp_path: Path, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = JsonLines.append
+
+    def full_from_step_five(self: JsonLines, record: dict[str, Any]) -> None:
+        if record["step"] >= 5:
+            raise OSError(f"{self.path}: cannot be written: No space left on device")
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "append", full_from_step_five)
+        with pytest.raises(OSError, match="metrics.jsonl: cannot be written"):
+            train(tiny_config, tmp_path / "run")
+    assert train(tiny_config, tmp_path / "run") == 0
+    assert_same_run(tiny_config, tmp_path / "run", trained_run)
+
+
+def test_secrets_on_the_command_line_are_not_written_down() -> None:
+    words = "train x --hub.token=abc --api-key def --data.text-key=body --data.tokenizer=byte HF_TOKEN=ghi --fresh"
+    words += " --data.path=https://me:pw@host/file?signature=jkl --model.num-kv-heads=2 part-??.txt"
+    assert without_secrets(words.split()) == [
+        *("train", "x", "--hub.token=[redacted]", "--api-key", "[redacted]", "--data.text-key=body"),
+        *("--data.tokenizer=byte", "HF_TOKEN=[redacted]", "--fresh"),
+        *("--data.path=https://[redacted]@host/file?[redacted]", "--model.num-kv-heads=2", "part-??.txt"),
+    ]

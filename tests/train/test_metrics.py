@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from hybridlm.train.metrics import JsonLines, Progress, RunLog
+from hybridlm.train.metrics import Events, JsonLines, NoLog, Progress, RunLog
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -72,6 +72,51 @@ def test_lines_after_a_step_are_dropped(tmp_path: Path) -> None:
     lines.keep_until(2)
     lines.append({"step": 3})
     assert [json.loads(line)["step"] for line in lines.path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_events_survive_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
+    Events(tmp_path).add("saved", 4, bytes=7)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "rolled b')
+    Events(tmp_path).add("skipped", 6, batch=5, reason="not finite")
+    first, second = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (first["event"], first["step"], first["bytes"]) == ("saved", 4, 7)
+    assert (second["event"], second["step"], second["batch"]) == ("skipped", 6, 5)
+    assert second["time"].startswith("20")
+
+
+def test_other_processes_write_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Events(None).add("saved", 4)
+    with NoLog() as log:
+        log.train(record(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is opened to add to it goes to a device that has no room."""
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", *a, **b: opened(Path("/dev/full") if mode == "a" else self, mode, *a, **b)
+    )
+
+
+def test_a_line_that_finds_no_room_is_an_error_that_names_the_file(tmp_path: Path, full_disk: None) -> None:
+    with pytest.raises(OSError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        JsonLines(tmp_path / "metrics.jsonl").append(record(1))
+
+
+def test_tensorboard_events_that_find_no_room_are_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: Any, *told: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    # Many more than a queue would take: nobody waits for a thread that has died.
+    with pytest.raises(OSError, match="No space left"), RunLog(tmp_path, 0, 20) as log:
+        monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", no_room)
+        monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.flush", no_room)
+        for step in range(1, 100):
+            log.train(record(step))
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:

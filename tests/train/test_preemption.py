@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm.config_check import ConfigError
+from hybridlm.train.preemption import StopRequest
+
 
 def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in map(json.loads, (run / "metrics.jsonl").open())}
@@ -85,3 +88,20 @@ def test_a_second_signal_quits_at_once(trained_run: Path, tmp_path: Path, proces
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert err == "hybridlm: interrupted, not saved\n"
+
+
+def test_a_python_handler_that_would_deafen_several_processes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with StopRequest():
+        previous = signal.signal(signal.SIGTERM, somebody_elses)
+        try:
+            with pytest.raises(ConfigError, match=r"SIGTERM: .*test_preemption.somebody_elses handles it, .* leave"):
+                StopRequest().at(3)
+            with pytest.raises(ConfigError, match="leave that handler out"), StopRequest():
+                pass
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def somebody_elses(number: int, frame: object) -> None:
+    pass

@@ -15,7 +15,7 @@ from hybridlm.mixers.base import Segments
 from hybridlm.model import build
 from hybridlm.model.lm import LM
 from hybridlm.optim import make_optimizer
-from hybridlm.train.step import TrainState, init_state, make_train_step
+from hybridlm.train.step import SPIKE_MINIMUM, SPIKE_WINDOW, Recent, TrainState, init_state, make_train_step, spikes
 
 ROWS, LENGTH = 4, 11
 MODEL = Model(
@@ -152,6 +152,52 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(adamw_step: Any,
         strict=True,
     ):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def recent(loss: list[float], grad_norm: list[float]) -> Recent:
+    """Rings after these accepted steps, written one by one."""
+    rings = {"loss": np.zeros(SPIKE_WINDOW, np.float32), "grad_norm": np.zeros(SPIKE_WINDOW, np.float32)}
+    for i, values in enumerate(zip(loss, grad_norm, strict=True)):
+        for ring, value in zip(rings.values(), values, strict=True):
+            ring[i % SPIKE_WINDOW] = value
+    return Recent(**{name: jnp.asarray(ring) for name, ring in rings.items()}, accepted=jnp.asarray(len(loss)))
+
+
+@pytest.mark.parametrize("steps", [SPIKE_MINIMUM - 1, SPIKE_MINIMUM, SPIKE_WINDOW + 37])
+@pytest.mark.parametrize("which", ["loss", "grad_norm"])
+def test_a_spike_is_so_many_deviations_above_the_mean_of_the_window(
+    rng: np.random.Generator, steps: int, which: str
+) -> None:
+    seen = {"loss": list(3 + 0.1 * rng.standard_normal(steps)), "grad_norm": list(1 + rng.random(steps))}
+    window = np.array(seen[which][-SPIKE_WINDOW:], np.float64)
+    limit = window.mean() + 4 * window.std()
+    usual = {name: float(np.mean(values)) for name, values in seen.items()}
+    for value, above in ((limit * 0.999, False), (limit * 1.001, True)):
+        told = usual | {which: value}
+        spiked = spikes(recent(**seen), jnp.asarray(told["loss"]), jnp.asarray(told["grad_norm"]), 4.0)
+        assert bool(spiked) == (above and steps >= SPIKE_MINIMUM)
+
+
+def test_a_step_whose_loss_spikes_changes_nothing_and_is_not_remembered() -> None:
+    optimizer, schedule = make_optimizer(AdamW(schedule=Cosine(warmup_steps=2)), 1000)
+    step = make_train_step(BIND, optimizer, schedule, Train(batch_size=ROWS, spike_sigma=6.0))
+    state, batches = fresh(optimizer), [make_batch(seed) for seed in range(5)]
+    for i in range(SPIKE_MINIMUM):
+        state, metrics = step(state, batches[i % 5])
+        assert int(metrics["nonfinite_total"]) == 0
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.recent))
+    # Twice the weight of some tokens, and less than nothing of others: the mean is far off.
+    odd = batches[0] | {"loss_weight": batches[0]["loss_weight"] * jnp.linspace(-40.0, 44.0, LENGTH)}
+    state, metrics = step(state, odd)
+    assert math.isfinite(float(metrics["loss"]))
+    assert int(metrics["nonfinite_in_a_row"]) == 1
+    for mine, theirs in zip(
+        jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state, state.recent)), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+    state, metrics = step(state, batches[1])
+    assert int(metrics["nonfinite_in_a_row"]) == 0
+    assert int(state.recent.accepted) == SPIKE_MINIMUM + 1
 
 
 def test_the_state_is_donated(adamw_step: Any) -> None:

@@ -199,18 +199,18 @@ def same_on_a_mesh(rng: np.random.Generator) -> Callable[..., None]:
     def compare(built: Built, shape: tuple[int, int, int, int], *, training: bool = False) -> None:
         from jax.sharding import NamedSharding, PartitionSpec
 
-        from hybridlm.sharding import MESH_AXES, make_mesh
+        from hybridlm.sharding import make_mesh, spec
 
         x, segments, _ = batch(rng)
         cotangent = rng.standard_normal((len(built.layers), *x.shape)).astype(np.float32)
         want = built.gradients(x, segments, cotangent, training=training)
-        mesh = make_mesh(config.Mesh(**dict(zip(MESH_AXES, shape, strict=True))))
+        mesh = make_mesh(config.Mesh(**dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))))
         with jax.set_mesh(mesh):
             layers, tables, like = define(built.cfg, len(built.layers))
             placed = jax.tree.map(
                 lambda a, at: jax.device_put(a, NamedSharding(mesh, at.sharding.spec)), built.params, like
             )
-            rows = PartitionSpec(("data", "fsdp", "expert"))
+            rows = spec("batch")
             x, segments = jax.device_put((x, segments), NamedSharding(mesh, rows))
             cotangent = jax.device_put(cotangent, NamedSharding(mesh, PartitionSpec(None, *rows)))
             got = jitted_gradients(layers, tables, placed, x, segments, cotangent, training)

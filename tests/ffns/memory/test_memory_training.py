@@ -16,6 +16,7 @@ import pytest
 from hybridlm import config
 from hybridlm.config_check import ConfigError
 from hybridlm.ffns.base import Pass
+from hybridlm.ffns.memory import table as memory_table
 from hybridlm.ffns.memory.table import LAYOUTS
 from hybridlm.mixers.base import Segments
 from hybridlm.model import build
@@ -131,10 +132,10 @@ def test_adam_goes_on_where_it_was_and_has_its_own_rate(rng: np.random.Generator
 
 MESHES = [
     ("rows", config.Mesh(data=1, fsdp=8)),
-    ("columns", config.Mesh(data=2, fsdp=4)),
     ("grid", config.Mesh(data=1, fsdp=2, expert=2, tensor=2)),
 ]
 MORE_MESHES = [
+    ("columns", config.Mesh(data=2, fsdp=4)),
     ("rows", config.Mesh(data=1, fsdp=2)),
     ("rows", config.Mesh(data=2, fsdp=2, expert=2)),
     ("columns", config.Mesh(data=1, fsdp=2)),
@@ -309,3 +310,9 @@ def test_a_table_that_does_not_divide_is_refused() -> None:
     with jax.set_mesh(make_mesh(config.Mesh(data=1, fsdp=8))), pytest.raises(ConfigError) as refusal:
         build(model_of(replace(PLUS, value_dim=128, spread="columns")), config.Kernels())
     assert "a memory's table of 256 rows in 1 blocks of columns must divide by the 1 x 8 devices" in str(refusal.value)
+
+
+def test_more_reads_than_can_be_counted_are_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_table, "MAX_READS", 1000)
+    with pytest.raises(ConfigError, match=r"train.batch_size: [\d,]+ reads of a memory in one step .* a smaller batch"):
+        run(model_of(PLUS), ADAGRAD, [batch_of(rng)])

@@ -16,7 +16,8 @@ from flax import nnx
 import hybridlm
 from hybridlm import config
 from hybridlm.config_check import ConfigError
-from hybridlm.data.pipeline import evaluation_batches, load_corpus
+from hybridlm.data.corpus import load_corpus
+from hybridlm.data.pipeline import evaluation_batches
 from hybridlm.ffns.moe.buffered import BufferedExperts, ExpertStore
 from hybridlm.ffns.moe.experts import Experts
 from hybridlm.generate import Sampling, generate

@@ -6,6 +6,7 @@ Letters: b batch, t time, n tokens, k experts per token, x experts, d model widt
 import functools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from hybridlm.ffns.moe.layer import MoE
 from hybridlm.ffns.moe.routers import ROUTERS
 from hybridlm.ffns.moe.routing import Tokens
 from hybridlm.mixers.base import Context, Segments
-from hybridlm.sharding import make_mesh
+from hybridlm.sharding import make_mesh, spec
 
 B, T, D, X = 8, 13, 12, 8
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative L2
@@ -164,26 +165,32 @@ def test_padding_costs_nothing_and_changes_nothing(rng: np.random.Generator) -> 
     assert float(aux["moe_experts_per_token"]) == 3.0
 
 
-MESHES = [
-    *(pytest.param({"data": 8 // e, "expert": e}, marks=pytest.mark.slow) for e in (1, 2, 4)),
+MESHES = (
+    *({"data": 8 // e, "expert": e} for e in (1, 2, 4)),
     {"data": 1, "expert": 8},
     {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
-]
+)
 
 
-@pytest.mark.parametrize("name", DISPATCHES)
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: " ".join(f"{k}{v}" for k, v in sizes.items()))
+def on_meshes() -> Iterator[Any]:
+    """Each dispatch on the meshes that have a device along `expert` for each of its slices."""
+    for sizes in MESHES:
+        axes = " ".join(f"{axis}{size}" for axis, size in sizes.items())
+        for name, dispatch in DISPATCHES.items():
+            if sizes["expert"] % dispatch.slices == 0:
+                marks = () if sizes["data"] == 1 else (pytest.mark.slow,)
+                yield pytest.param(sizes, name, id=f"{axes}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("sizes", "name"), list(on_meshes()))
 def test_over_a_mesh_equals_one_device(sizes: dict[str, int], name: str, rng: np.random.Generator) -> None:
-    dispatch = DISPATCHES[name]
-    if sizes["expert"] % dispatch.slices:
-        pytest.skip("fewer devices than slices")
-    cfg = replace(PLAIN, dispatch=dispatch, router=replace(ROUTER, bias_balance=True))
+    cfg = replace(PLAIN, dispatch=DISPATCHES[name], router=replace(ROUTER, bias_balance=True))
     params, given_batch = random_params(cfg, rng), batch(rng)
     want = run(abstract(cfg)[0], params, *given_batch, True)
     mesh = make_mesh(config.Mesh(**sizes))
     with jax.set_mesh(mesh):
         graphdef, like = abstract.__wrapped__(cfg)
-        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+        rows = NamedSharding(mesh, spec("batch"))
         placed = jax.tree.map(lambda a, at: jax.device_put(a, NamedSharding(mesh, at.sharding.spec)), params, like)
         got = run(graphdef, placed, *jax.device_put(given_batch, rows), True)
     check(got, want)
@@ -202,7 +209,7 @@ def test_what_does_not_fit_a_buffer_is_dropped_and_counted(
     mesh = make_mesh(config.Mesh(data=1, expert=8))
     with jax.set_mesh(mesh):
         graphdef, like = abstract.__wrapped__(cfg)
-        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+        rows = NamedSharding(mesh, spec("batch"))
         placed = jax.tree.map(lambda a, at: jax.device_put(a, NamedSharding(mesh, at.sharding.spec)), params, like)
         _, (y, aux) = outputs_of(graphdef, placed, *jax.device_put((x, segments, cotangent), rows))
     kept = brute_force(cfg, params, x, segments, exchange)

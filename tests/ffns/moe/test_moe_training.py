@@ -157,7 +157,7 @@ def test_a_run_tells_how_many_parameters_a_token_uses(
         params = jax.eval_shape(build(cfg.model, cfg.kernels)[0], jax.random.key(0))
         leaves, _ = jax.tree.flatten_with_path(params)
         sizes = {jax.tree_util.keystr(path): math.prod(x.shape) for path, x in leaves}
-        return sizes, describe(cfg, *prepared(cfg), params, tmp_path)
+        return sizes, describe(cfg, *prepared(cfg), {}, params, tmp_path)
 
     sizes, text = description(moe_config)
     idle = sum(n * (3 / 4 if "prologue" in path else 4 / 6) for path, n in sizes.items() if "['experts']" in path)
