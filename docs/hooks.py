@@ -8,6 +8,7 @@ from typing import Any
 
 from hybridlm import config
 from hybridlm.cli import make_parser
+from hybridlm.config_check import Node
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -44,7 +45,7 @@ def spelling(action: argparse.Action) -> str:
 
 
 def explanation(action: argparse.Action) -> str:
-    parts = [action.help or ""]
+    parts = [(action.help or "").replace("[", "\\[")]  # not a link
     if action.choices is not None:
         parts.append("one of " + ", ".join(f"`{choice}`" for choice in action.choices))
     if action.default or (action.default == 0 and action.nargs != 0):
@@ -53,8 +54,11 @@ def explanation(action: argparse.Action) -> str:
 
 
 def fields() -> str:
-    """A section per config class, in the order of the source; the whole first."""
-    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
+    """A section per config class, in the order of the sources; the whole first, then what is defined beside it."""
+    nodes = [cls for cls in vars(config).values() if isinstance(cls, type) and issubclass(cls, Node)]
+    modules = dict.fromkeys([config, *(inspect.getmodule(cls) for cls in nodes if cls is not Node)])
+    trees = [ast.parse(inspect.getsource(module)) for module in modules if module is not None]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     classes.sort(key=lambda node: node.name != config.Config.__name__)
     return "\n\n".join(config_class(node) for node in classes)
 
