@@ -18,15 +18,10 @@ from hybridlm.mixers.base import Carry, Context, Segments, State
 from hybridlm.sharding import RULES, constrain, is_time_cut, param, per_device
 
 
-class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(k)) v per head, times sigmoid(W_g x) with `out_gate`, then W_o.
+class SoftmaxHeads(nnx.Module):
+    """Parameters of softmax attention, and what is computed with them."""
 
-    State, a ring of s = min(window, length) tokens: `k`, `v` [b, s, g, k]; `start` [b, s] int32, where the document of
-    each cached token began, counted in tokens of the row (-1: empty slot); `order` [b, s] its place in the row;
-    `count` [b] real tokens seen.
-    """
-
-    def __init__(self, cfg: config.Attention, context: Context, rngs: nnx.Rngs):
+    def __init__(self, cfg: config.Attention | config.Liger, context: Context, rngs: nnx.Rngs):
         d, h, g, k = context.width, cfg.num_heads, cfg.num_kv_heads, head_dim(cfg, context.width)
         self.cfg, self.context = cfg, context
         # A single key-value head (MQA) is computed on every device; more are split like the query heads.
@@ -45,24 +40,56 @@ class Attention(nnx.Module):
         self.q_norm = norm() if cfg.qk_norm else None
         self.k_norm = norm() if cfg.qk_norm else None
 
-    def __call__(
-        self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry
-    ) -> tuple[Float[Array, "b t d"], State | None, Carry]:
-        cfg = self.cfg
+    def projected(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
+        """Queries, keys and values, without positions."""
         q = project(x, self.w_q, "heads", self.b_q)
         k = project(x, self.w_k, self.kv_axis, self.b_k)
         v = project(x, self.w_v, self.kv_axis, self.b_v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def attended(
+        self,
+        q: Float[Array, "b t h k"],
+        k: Float[Array, "b t g k"],
+        v: Float[Array, "b t g k"],
+        segments: Segments,
+        state: State | None,
+    ) -> tuple[Float[Array, "b t h k"], State | None]:
+        """What the heads read at the positions in `segments`, and the cache with these tokens in it."""
+        cfg = self.cfg
         rotary: Any = {"fraction": cfg.rope_fraction, "theta": cfg.rope_theta, "scaling": cfg.rope_scaling}
         q, k = rope(q, segments.positions, **rotary), rope(k, segments.positions, **rotary)
-        o, state = attend_heads(
-            q, k, v, segments, state, window=cfg.window, soft_cap=cfg.logit_soft_cap, kv_axis=self.kv_axis
-        )
+        options: Any = {"window": cfg.window, "soft_cap": cfg.logit_soft_cap}
+        return attend_heads(q, k, v, segments, state, **options, kv_axis=self.kv_axis)
+
+    def output(self, x: Float[Array, "b t d"], o: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
+        """From what the heads read, with the output gate if there is one."""
         if self.w_g is not None:
             o = o * jax.nn.sigmoid(project(x, self.w_g, "heads"))
         y = contract("bthk,hkd->btd", o, self.w_o[...], "sequences", "time", None)
-        return y if self.b_o is None else y + self.b_o[...].astype(x.dtype), state, carry
+        return y if self.b_o is None else y + self.b_o[...].astype(x.dtype)
+
+
+class Attention(SoftmaxHeads):
+    """softmax(q k^T / sqrt(k)) v per head, times sigmoid(W_g x) with `out_gate`, then W_o.
+
+    State, a ring of s = min(window, length) tokens: `k`, `v` [b, s, g, k]; `start` [b, s] int32, where the document of
+    each cached token began, counted in tokens of the row (-1: empty slot); `order` [b, s] its place in the row;
+    `count` [b] real tokens seen.
+    """
+
+    cfg: config.Attention
+
+    def __call__(
+        self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry
+    ) -> tuple[Float[Array, "b t d"], State | None, Carry]:
+        q, k, v = self.projected(x)
+        o, state = self.attended(q, k, v, segments, state)
+        return self.output(x, o), state, carry
 
     def init_state(self, batch: int, length: int) -> State:
         cfg, k = self.cfg, head_dim(self.cfg, self.context.width)

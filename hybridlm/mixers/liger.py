@@ -5,25 +5,20 @@ Lan et al., 2025, arXiv:2503.01496, section 3.
 Letters: b batch, t time, d model width, h query heads, g key-value heads, k head dim, s cached tokens.
 """
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from hybridlm_kernels import gated_delta_rule, gated_linear_attention
 from jaxtyping import Array, Float
 
 from hybridlm import config
-from hybridlm.layers import RMSNorm, contract, fan_in_normal, rope
 from hybridlm.mixers.attend import attended_tokens
-from hybridlm.mixers.attention import attend_heads, head_dim, init_cache, project
+from hybridlm.mixers.attention import SoftmaxHeads, head_dim, init_cache
 from hybridlm.mixers.base import Carry, Context, Segments, State
 from hybridlm.mixers.heads import l2_normalize, recurrence_flops
-from hybridlm.sharding import constrain, param, per_device
+from hybridlm.sharding import constrain, per_device
 
 
-class Liger(nnx.Module):
+class Liger(SoftmaxHeads):
     """o = w SWA(rope(q), rope(k), v) + (1 - w) GRM(q, k, v), then W_o, with q, k, v as in `Attention`.
 
     SWA is softmax attention over a window. GRM, in each head, with its group's key and value:
@@ -38,52 +33,18 @@ class Liger(nnx.Module):
     that `Attention` has not. State: `s` [b, h, k, k] float32, and the cache of `Attention`.
     """
 
-    def __init__(self, cfg: config.Liger, context: Context, rngs: nnx.Rngs):
-        d, h, g, k = context.width, cfg.num_heads, cfg.num_kv_heads, head_dim(cfg, context.width)
-        self.cfg, self.context = cfg, context
-        self.kv_axis = "heads" if g > 1 else None
-        self.w_q = param(rngs, (d, h, k), ("embed", "heads", None), fan_in_normal(1.0))
-        self.w_k = param(rngs, (d, g, k), ("embed", self.kv_axis, None), fan_in_normal(1.0))
-        self.w_v = param(rngs, (d, g, k), ("embed", self.kv_axis, None), fan_in_normal(1.0))
-        self.w_g = param(rngs, (d, h, k), ("embed", "heads", None), fan_in_normal(1.0)) if cfg.out_gate else None
-        self.w_o = param(rngs, (h, k, d), ("heads", None, "embed"), fan_in_normal(2.0 / context.num_layers, (0, 1)))
-        self.b_o = param(rngs, (d,), (None,), nnx.initializers.zeros) if cfg.out_bias else None
-        bias = cfg.qkv_bias
-        self.b_q = param(rngs, (h, k), ("heads", None), nnx.initializers.zeros) if bias else None
-        self.b_k = param(rngs, (g, k), (self.kv_axis, None), nnx.initializers.zeros) if bias else None
-        self.b_v = param(rngs, (g, k), (self.kv_axis, None), nnx.initializers.zeros) if bias else None
-        norm = partial(RMSNorm, rngs, k, context.norm_eps, offset=context.norm_offset)
-        self.q_norm = norm() if cfg.qk_norm else None
-        self.k_norm = norm() if cfg.qk_norm else None
+    cfg: config.Liger
 
     def __call__(
         self, x: Float[Array, "b t d"], segments: Segments, state: State | None, carry: Carry
     ) -> tuple[Float[Array, "b t d"], State | None, Carry]:
         cfg = self.cfg
-        q = project(x, self.w_q, "heads", self.b_q)
-        k = project(x, self.w_k, self.kv_axis, self.b_k)
-        v = project(x, self.w_v, self.kv_axis, self.b_v)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.projected(x)
         held = None if state is None else {name: a for name, a in state.items() if name != "s"}
-        rotary: Any = {"fraction": cfg.rope_fraction, "theta": cfg.rope_theta, "scaling": cfg.rope_scaling}
-        near, held = attend_heads(
-            rope(q, segments.positions, **rotary),
-            rope(k, segments.positions, **rotary),
-            v,
-            segments,
-            held,
-            window=cfg.window,
-            soft_cap=cfg.logit_soft_cap,
-            kv_axis=self.kv_axis,
-        )
+        near, held = self.attended(q, k, v, segments, held)
         far, s = self._recur(q, k, v, segments, None if state is None else state["s"])
         o = cfg.window_weight * near + (1.0 - cfg.window_weight) * far
-        if self.w_g is not None:
-            o = o * jax.nn.sigmoid(project(x, self.w_g, "heads"))
-        y = contract("bthk,hkd->btd", o, self.w_o[...], "sequences", "time", None)
-        y = y if self.b_o is None else y + self.b_o[...].astype(x.dtype)
-        return y, None if held is None else {"s": s, **held}, carry
+        return self.output(x, o), None if held is None else {"s": s, **held}, carry
 
     def _recur(
         self,
