@@ -31,13 +31,13 @@ def finetune(args: argparse.Namespace, overrides: list[str]) -> int:
     with joined():
         from hybridlm.train.finetuned import finetune_run, is_published
 
-        source = imported(args.init_from, args.out) if is_published(args.init_from) else args.init_from
+        source = imported(args.init_from, args.out, overrides) if is_published(args.init_from) else args.init_from
         config = config_io.override(config_of(args, source), overrides)
         return finetune_run(config, source, args.out)
 
 
-def imported(published: Path, out: Path) -> Path:
-    """A run of a published model, made beside `out` unless it is there from an earlier start."""
+def imported(published: Path, out: Path, overrides: list[str]) -> Path:
+    """A run of a published model, made beside `out` unless it is there from an earlier start; on the same data."""
     import jax
 
     from hybridlm.interop import import_run
@@ -46,7 +46,7 @@ def imported(published: Path, out: Path) -> Path:
         raise ConfigError(f"--init-from {published}", ": one process has to make a run of it first: hybridlm import")
     run = out.with_name(f"{out.name}.pretrained")
     if not run.exists():
-        import_run(published, run)
+        import_run(published, run, [field for field in overrides if field.startswith("data.")])
     return run
 
 

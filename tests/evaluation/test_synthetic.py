@@ -88,6 +88,7 @@ def test_any_mesh_counts_the_same(parity_run: Path, tmp_path: Path) -> None:
     assert other["results"] == [pytest.approx(row, rel=1e-5) for row in one["results"]]
 
 
+@pytest.mark.slow
 def test_evaluations_of_a_task_are_none_of_the_run(parity_run: Path, tmp_path: Path) -> None:
     """Going on, a run evaluates where only `hybridlm eval` has been."""
     run = shutil.copytree(parity_run, tmp_path / "run")

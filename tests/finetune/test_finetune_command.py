@@ -76,6 +76,7 @@ def test_loaded_parameters_have_their_adapters_added(lora_run: Path, trained_run
     assert set(leaves(model.params)) == set(leaves(before))
 
 
+@pytest.mark.slow
 def test_resumed_adapters_are_bit_for_bit_those_of_an_uninterrupted_run(
     lora_run: Path, invoke: Invoke, trained_run: Path, new_text_config: Path, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_several_processes_learn_what_one_learns(
     assert said == []
 
 
+@pytest.mark.slow
 def test_a_stopped_process_stops_all_and_they_go_on(one_process: OneProcess, start: Any, tmp_path: Path) -> None:
     config, alone = one_process("fsdp")
     words = (config, "--out", tmp_path / "run")

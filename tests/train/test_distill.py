@@ -247,6 +247,7 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit_though_its_teacher_has_been_t
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
 
 
+@pytest.mark.slow
 def test_the_command_is_training_with_a_teacher(
     invoke: Invoke, distilled: Path, student: Config, trained_run: Path, tmp_path: Path
 ) -> None:
