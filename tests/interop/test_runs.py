@@ -345,3 +345,34 @@ def test_a_published_model_is_fine_tuned_and_the_same_command_goes_on(
     begun, _ = params_of_run(tmp_path / "tuned.pretrained", config_io.load_run_config(tmp_path / "tuned.pretrained"))
     np.testing.assert_array_equal(tuned["embedding"], begun["embedding"])
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (tuned, begun)), strict=True))
+
+
+@pytest.mark.parametrize(("size", "stride"), [(32, 12), (24, 23)])
+def test_perplexity_in_sliding_windows_is_that_of_the_recipe_of_hugging_face(
+    published: Published, run: Path, invoke: Callable[..., Any], tmp_path: Path, size: int, stride: int
+) -> None:
+    """In torch with their implementation: "Perplexity of fixed-length models", the losses of targets added up."""
+    text = "".join(chr(97 + i % 23) for i in np.random.default_rng(1).integers(0, 1000, 150))
+    (tmp_path / "text.txt").write_text(text)
+    words = ("--windows", "sliding", "--stride", stride, "--context", size, "--json", tmp_path / "report.json")
+    assert invoke("eval", run, "--data", tmp_path / "text.txt", *words).code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(published.directory / "tokenizer.json"))
+    end_id = tokenizer.convert_tokens_to_ids("<eos>")
+    ids = torch.tensor([[end_id, *tokenizer(text)["input_ids"], end_id]])
+    model = transformers.LlamaForCausalLM.from_pretrained(published.directory, dtype=torch.float32).eval()
+    nats, counted, before = 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + size, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : before - begin] = -100
+        with torch.no_grad():
+            loss = model(ids[:, begin:end], labels=labels).loss
+        num_targets = int((labels[:, 1:] != -100).sum())
+        nats, counted, before = nats + float(loss) * num_targets, counted + num_targets, end
+        if end == ids.shape[1]:
+            break
+    assert report["tokens"] == counted == ids.shape[1] - 1
+    np.testing.assert_allclose(report["loss"], nats / counted, rtol=1e-6)
+    np.testing.assert_allclose(report["perplexity"], np.exp(nats / counted), rtol=1e-5)
