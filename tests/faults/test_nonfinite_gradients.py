@@ -15,12 +15,15 @@ pytestmark = pytest.mark.slow
 BLOCK = "tests.faults.poisoned"
 """Imported by the runs alone: in this process its block would be one of those that other tests go through."""
 
+NEVER = 98, 99
+"""Behind the last step. Without any such steps the program would be another one, and round otherwise."""
+
 Poisonable = Callable[..., Site]
 
 
 @pytest.fixture
 def poisonable(config: Config, start: Start, tmp_path: Path) -> Poisonable:
-    """`poisonable(name, first, last)`: a run of a block whose gradients are NaN in these steps, if in any.
+    """`poisonable(name, first, last)`: a run of a block whose gradients are NaN in these steps.
 
     Three rejected steps in a row are too many, and it goes back once.
     """
@@ -31,12 +34,14 @@ def poisonable(config: Config, start: Start, tmp_path: Path) -> Poisonable:
         site = Site(tmp_path / name, replace(config, train=train), start)
         path = site.directory / "config.json"
         path.write_text(path.read_text().replace('"GeGLU"', '"Poisoned"'))
-        if steps:
-            first, last = steps
-            (site.directory / "poison.json").write_text(json.dumps({"first": first, "last": last}))
+        poison(site, *steps)
         return site
 
     return make
+
+
+def poison(site: Site, first: int, last: int) -> None:
+    (site.directory / "poison.json").write_text(json.dumps({"first": first, "last": last}))
 
 
 def test_a_bad_step_is_rejected_and_a_run_killed_behind_it_goes_on_bitwise(poisonable: Poisonable) -> None:
@@ -53,7 +58,7 @@ def test_a_bad_step_is_rejected_and_a_run_killed_behind_it_goes_on_bitwise(poiso
 
 
 def test_a_run_that_is_poisoned_for_ever_stops_and_healed_goes_on_bitwise(poisonable: Poisonable) -> None:
-    wanted, site = poisonable("undisturbed"), poisonable("poisoned", 10, 99)
+    wanted, site = poisonable("undisturbed", *NEVER), poisonable("poisoned", 10, 99)
     wanted.finish(imports=[BLOCK])
     [ended] = site.start(imports=[BLOCK]).ended()
     assert ended.code == 1
@@ -62,6 +67,6 @@ def test_a_run_that_is_poisoned_for_ever_stops_and_healed_goes_on_bitwise(poison
     assert (back["step"], back["rejected"], back["batches"]) == (8, [10, 12], [9, 11])
     assert site.saved() == [4, 8]
 
-    (site.directory / "poison.json").unlink()
+    poison(site, *NEVER)
     site.finish(imports=[BLOCK])
     site.assert_same(wanted)
