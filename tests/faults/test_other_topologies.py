@@ -42,6 +42,7 @@ def test_two_hosts_become_one_and_two_again(undisturbed: Any, site: Site) -> Non
     for processes, devices, step in ((2, 1, 6), (1, 2, 13)):
         running = site.start(processes, devices)
         site.until_step(running, step)
+        running.wait_until(lambda: 4 in site.saved())  # which goes on beside the steps
         running.kill()
         running.ended()
     site.finish(2, 1)
