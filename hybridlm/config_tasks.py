@@ -5,6 +5,7 @@ a sequence up to `num_tokens` of it, and the rest is padding.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ TaskSource = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Node):
+class Task(Node, ABC):
     """Base of the configs of synthetic tasks. Example i is a function of `seed` and i alone."""
 
     num_examples: Annotated[int, Range(1, 2**40)] = 2**32
@@ -38,14 +39,14 @@ class Task(Node):
     """What a length counts."""
 
     @property
+    @abstractmethod
     def num_ids(self) -> int:
         """Ids from 0 on that tokens and answers have."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def shortest(self) -> int:
         """The least length that an example can have."""
-        raise NotImplementedError
 
     def num_tokens(self, length: int) -> int:
         """Inputs of an example of this length."""

@@ -64,7 +64,31 @@ class SoftmaxHeads(nnx.Module):
         rotary: Any = {"fraction": cfg.rope_fraction, "theta": cfg.rope_theta, "scaling": cfg.rope_scaling}
         q, k = rope(q, segments.positions, **rotary), rope(k, segments.positions, **rotary)
         options: Any = {"window": cfg.window, "soft_cap": cfg.logit_soft_cap}
-        return attend_heads(q, k, v, segments, state, **options, kv_axis=self.kv_axis)
+        rows: Any = ("sequences", "time")
+        heads = ("sequences", "time", "heads", None)
+        kv = ("sequences", "time", self.kv_axis, None)
+        operands: Any = (heads, kv, kv, Segments(rows, rows))
+        if state is None:
+            across = partial(attend, **options, axis=RULES["time"] if is_time_cut(q) else None)
+            return per_device(across, operands, heads)(q, k, v, segments), None
+        held, kept = ("sequences",), ("sequences", None, self.kv_axis, None)
+        cache = {"k": kept, "v": kept, "start": held, "order": held, "count": held}
+        local = per_device(partial(attend_cached, **options), (*operands, cache), (heads, cache))
+        return local(q, k, v, segments, state)
+
+    def empty_cache(self, batch: int, length: int) -> State:
+        """A ring of as many tokens as the window reaches."""
+        cfg = self.cfg
+        slots = length if cfg.window is None else min(cfg.window, length)
+        kv = jnp.zeros((batch, slots, cfg.num_kv_heads, head_dim(cfg, self.context.width)), self.context.dtype)
+        empty = constrain(jnp.full((batch, slots), -1, jnp.int32), "sequences", None)
+        return {
+            "k": constrain(kv, "sequences", None, self.kv_axis, None),
+            "v": constrain(kv, "sequences", None, self.kv_axis, None),
+            "start": empty,
+            "order": empty,
+            "count": constrain(jnp.zeros((batch,), jnp.int32), "sequences"),
+        }
 
     def output(self, x: Float[Array, "b t d"], o: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
         """From what the heads read, with the output gate if there is one."""
@@ -92,8 +116,7 @@ class Attention(SoftmaxHeads):
         return self.output(x, o), state, carry
 
     def init_state(self, batch: int, length: int) -> State:
-        cfg, k = self.cfg, head_dim(self.cfg, self.context.width)
-        return init_cache(batch, length, cfg.window, (cfg.num_kv_heads, k), self.context.dtype, self.kv_axis)
+        return self.empty_cache(batch, length)
 
     @staticmethod
     def flops(cfg: config.Attention, context: Context, length: int) -> int:
@@ -108,47 +131,6 @@ def project(
     """x W + bias for W [d, h, k] and a bias [h, k]; the heads lie along `axis`."""
     y = contract("btd,dhk->bthk", x, w[...], "sequences", "time", axis, None)
     return y if bias is None else y + bias[...].astype(x.dtype)
-
-
-def attend_heads(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t g k"],
-    v: Float[Array, "b t g k"],
-    segments: Segments,
-    state: State | None,
-    *,
-    window: int | None,
-    soft_cap: float | None,
-    kv_axis: str | None,
-) -> tuple[Float[Array, "b t h k"], State | None]:
-    """Softmax attention of heads that are spread over devices, and the cache (see `init_cache`) with them in it."""
-    rows: Any = ("sequences", "time")
-    heads = ("sequences", "time", "heads", None)
-    kv = ("sequences", "time", kv_axis, None)
-    options: Any = {"window": window, "soft_cap": soft_cap}
-    if state is None:
-        across = partial(attend, **options, axis=RULES["time"] if is_time_cut(q) else None)
-        return per_device(across, (heads, kv, kv, Segments(rows, rows)), heads)(q, k, v, segments), None
-    held, kept = ("sequences",), ("sequences", None, kv_axis, None)
-    cache = {"k": kept, "v": kept, "start": held, "order": held, "count": held}
-    local = per_device(partial(attend_cached, **options), (heads, kv, kv, Segments(rows, rows), cache), (heads, cache))
-    return local(q, k, v, segments, state)
-
-
-def init_cache(
-    batch: int, length: int, window: int | None, heads: tuple[int, int], dtype: Any, kv_axis: str | None
-) -> State:
-    """An empty ring for `attend_heads`, of as many tokens as a window reaches; `heads` are (g, k)."""
-    slots = length if window is None else min(window, length)
-    kv = jnp.zeros((batch, slots, *heads), dtype)
-    empty = constrain(jnp.full((batch, slots), -1, jnp.int32), "sequences", None)
-    return {
-        "k": constrain(kv, "sequences", None, kv_axis, None),
-        "v": constrain(kv, "sequences", None, kv_axis, None),
-        "start": empty,
-        "order": empty,
-        "count": constrain(jnp.zeros((batch,), jnp.int32), "sequences"),
-    }
 
 
 def head_dim(cfg: config.Attention | config.Liger, width: int) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from hybridlm import config
 from hybridlm.mixers.attend import attended_tokens
-from hybridlm.mixers.attention import SoftmaxHeads, head_dim, init_cache
+from hybridlm.mixers.attention import SoftmaxHeads, head_dim
 from hybridlm.mixers.base import Carry, Context, Segments, State
 from hybridlm.mixers.heads import l2_normalize, recurrence_flops
 from hybridlm.sharding import constrain, per_device
@@ -72,8 +72,7 @@ class Liger(SoftmaxHeads):
     def init_state(self, batch: int, length: int) -> State:
         cfg, k = self.cfg, head_dim(self.cfg, self.context.width)
         s = jnp.zeros((batch, cfg.num_heads, k, k), jnp.float32)
-        cache = init_cache(batch, length, cfg.window, (cfg.num_kv_heads, k), self.context.dtype, self.kv_axis)
-        return {"s": constrain(s, "sequences", "heads", None, None), **cache}
+        return {"s": constrain(s, "sequences", "heads", None, None), **self.empty_cache(batch, length)}
 
     @staticmethod
     def flops(cfg: config.Liger, context: Context, length: int) -> int:

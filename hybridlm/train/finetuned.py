@@ -27,14 +27,6 @@ from hybridlm.train.steps import complete_steps
 COMMAND = "finetune"
 
 
-def initial(path: Path) -> tuple[Config, Params]:
-    """The config and the latest parameters of the run at `path`, as NumPy arrays, adapters added to what they adapt."""
-    check_is_run(path)
-    source = config_io.load_run_config(path)
-    params, _ = read_params(path, source)
-    return source, params
-
-
 def check_is_run(path: Path) -> None:
     """Raise ConfigError where `path` holds a model of another library, or nothing to begin with."""
     if is_published(path):
@@ -66,7 +58,8 @@ def finetune_run(config: Config, source: Path, directory: Path) -> int:
 
 def start(config: Config, source: Path, directory: Path, program: StepProgram) -> TrainState:
     """The state before the first step; says what it is made of, and writes that into the directory."""
-    source_config, params = initial(source)
+    source_config = config_io.load_run_config(source)
+    params, _ = read_params(source, source_config)
     abstract = base_of(program.state.params)
     begun = beginning(abstract, config.model, params, source_config.model, config.finetune, config.train.seed)
     state = jax.jit(program.state_from, donate_argnums=0)(_on_mesh(begun.params, abstract, program))

@@ -15,7 +15,7 @@ from hybridlm import config_io, load
 from hybridlm.config_check import ConfigError
 from hybridlm.evaluation.perplexity import evaluate_run
 from hybridlm.train.derived import read_params
-from hybridlm.train.finetuned import initial
+from hybridlm.train.finetuned import finetune_run
 from tests.conftest import Invoked
 
 Invoke = Callable[..., Invoked]
@@ -128,12 +128,15 @@ def test_wrong_input_is_told_in_a_line(
     assert not (out / "config.json").exists()
 
 
-def test_a_published_model_that_cannot_be_imported_leaves_nothing(invoke: Invoke, tmp_path: Path) -> None:
+def test_a_published_model_that_cannot_be_imported_leaves_nothing(
+    invoke: Invoke, new_text_config: Path, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["Abacus"]}')
     invoke("finetune", "--init-from", tmp_path, "--out", tmp_path / "run").assert_refused("Abacus", "known are Llama")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     with pytest.raises(ConfigError, match="hybridlm import .* makes a run of it"):
-        initial(tmp_path)
+        finetune_run(config_io.load_json(new_text_config), tmp_path, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_directory_of_another_run_is_left_alone(invoke: Invoke, trained_run: Path, tmp_path: Path) -> None:
