@@ -31,13 +31,13 @@ from hybridlm.config import (
 )
 
 recurrent = Block(mixer=RGLRU(width=64, num_heads=4), ffn=None)
-attention = Block(mixer=Attention(num_heads=2, num_kv_heads=2, head_dim=64, rope_theta=100.0), ffn=None)
+attention = Block(mixer=Attention(num_heads=2, num_kv_heads=2, head_dim=64), ffn=None)
 
 config = Config(
     model=Model(vocab_size=128, width=64, num_layers=2, pattern=(recurrent, attention)),
     data=Data(source="mqar", task=MQAR(num_pairs=4, vocab_size=128, num_examples=20_000), seq_len=32),
-    optimizer=AdamW(peak_lr=1e-2, schedule=Cosine(warmup_steps=40)),
-    train=Train(steps=400, batch_size=256, log_every=25),
+    optimizer=AdamW(peak_lr=3e-3, schedule=Cosine(warmup_steps=40)),
+    train=Train(steps=600, batch_size=256, log_every=25),
     eval=Eval(every=100),
-    checkpoint=Checkpoint(every=400),
+    checkpoint=Checkpoint(every=600),
 )
