@@ -4,8 +4,8 @@
 
 Published in google-deepmind/recurrentgemma, RECURRENT_GEMMA_2B_V1: width and recurrence width 2560, 26 layers (the
 pattern ends in its middle), 10 heads of 256, MLP 3 x 2560, window 2048, rotary positions on half of the head,
-embedding scaled by sqrt(width), logits capped at 30, biases, a vocabulary of 256,000, sequences of 8192; 2.68e9
-parameters. Optimizer and tokens per batch are griffin_1b's.
+embedding scaled by sqrt(width) as bfloat16 rounds it, logits capped at 30, biases, a vocabulary of 256,000, sequences
+of 8192; 2.68e9 parameters. Optimizer and tokens per batch are griffin_1b's.
 """
 
 from dataclasses import replace
@@ -28,6 +28,7 @@ config = replace(
         width=2560,
         num_layers=26,
         pattern=(recurrent, recurrent, local_attention),
+        embedding_scale=50.5,
         logit_soft_cap=30.0,
         remat="block_outputs",
     ),
