@@ -200,3 +200,9 @@ def is_first() -> bool:
 def agreed(value: bool) -> bool:
     """What the first process thinks: a decision that all must take alike."""
     return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(value))
+
+
+def together(what: str) -> None:
+    """Wait until all processes are here; `what` is the same for all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

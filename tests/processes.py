@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -79,21 +79,29 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
+TRAIN = ("-m", "hybridlm.cli", "train")
 Start = Callable[..., Running]
 """`start(num_processes, devices_per_process, *words)`."""
 
 
 @contextmanager
 def starting(environment: dict[str, str], directory: Path, seconds: float = SECONDS) -> Iterator[Start]:
-    """`start(num_processes, devices_per_process, *words)`: `hybridlm train WORDS` in so many processes.
+    """`start(num_processes, devices_per_process, *words)`: `hybridlm train WORDS` in so many processes, or another
+    `program` of Python.
 
     They work in `directory`, or in that of the call, where their logs are, and may take so many `seconds` together;
     what still runs in the end is killed.
     """
     started: list[subprocess.Popen[str]] = []
 
-    def run(num_processes: int, devices_per_process: int, *words: object, directory: Path = directory) -> Running:
-        command = [sys.executable, "-m", "hybridlm.cli", "train", *map(str, words)]
+    def run(
+        num_processes: int,
+        devices_per_process: int,
+        *words: object,
+        directory: Path = directory,
+        program: Sequence[str] = TRAIN,
+    ) -> Running:
+        command = [sys.executable, *program, *map(str, words)]
         group = {"JAX_NUM_CPU_DEVICES": str(devices_per_process)}
         if num_processes > 1:
             group |= {

@@ -8,6 +8,9 @@ from hybridlm import config_io
 from hybridlm.config import Config, Finetune, LoRA
 from hybridlm.config_check import ConfigError
 
+SHARED = ("data.", "sharding.", "train.batch_size", "train.num_microbatches")
+"""Fields that a published model is imported with: its text, its mesh, and the batch that the mesh has to divide."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
@@ -37,16 +40,13 @@ def finetune(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def imported(published: Path, out: Path, overrides: list[str]) -> Path:
-    """A run of a published model, made beside `out` unless it is there from an earlier start; on the same data."""
-    import jax
-
+    """A run of a published model, made beside `out` unless it is there from an earlier start; with `SHARED` fields."""
+    from hybridlm.distributed import agreed
     from hybridlm.interop import import_run
 
-    if jax.process_count() > 1:
-        raise ConfigError(f"--init-from {published}", ": one process has to make a run of it first: hybridlm import")
     run = out.with_name(f"{out.name}.pretrained")
-    if not run.exists():
-        import_run(published, run, [field for field in overrides if field.startswith("data.")])
+    if not agreed(run.exists()):
+        import_run(published, run, [field for field in overrides if field.startswith(SHARED)])
     return run
 
 

@@ -35,10 +35,14 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_run(args: argparse.Namespace, overrides: list[str]) -> int:
-    from hybridlm.interop.runs import import_run
+    from hybridlm.distributed import is_first, joined
 
-    config = import_run(args.source, args.out, overrides)
-    print(f"{args.out}: {config.model.num_layers} layers of width {config.model.width}, from {args.source}")
+    with joined():
+        from hybridlm.interop.runs import import_run
+
+        config = import_run(args.source, args.out, overrides)
+        if is_first():
+            print(f"{args.out}: {config.model.num_layers} layers of width {config.model.width}, from {args.source}")
     return 0
 
 

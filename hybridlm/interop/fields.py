@@ -1,7 +1,7 @@
 """Fields of a published config.json, read with one-line errors."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,18 @@ def read_fields(directory: Path) -> Fields:
     return Fields(values)
 
 
+def check_not_quantized(fields: Fields) -> None:
+    """Raise ConfigError where the weights are codes that only their library makes numbers of."""
+    for name in ("quantization_config", "compression_config"):
+        said = fields.get(name)
+        if said is not None:
+            method = said.get("quant_method") if isinstance(said, dict) else None
+            kind = f"={method}" if method else ""
+            raise ConfigError(
+                name, f"{kind}: quantized weights are not read; take the model in bfloat16, float16 or float32"
+            )
+
+
 def number(value: Any) -> float:
     """A number of a config.json; transformers 5 writes {"__float__": "Infinity"}."""
     return float(value["__float__"] if isinstance(value, dict) else value)
@@ -93,9 +105,22 @@ def rotary_fields(theta: float, fraction: float, scaling: Llama3Rope | None) -> 
     return {**shared, "rope_scaling": None if scaling is None else kind, "rope_parameters": {**kind, **shared}}
 
 
+def layer_kinds(fields: Fields, default: Sequence[str], known: Collection[str]) -> Sequence[str]:
+    """`layer_types`, or `default` where it is absent: that of every layer, one of `known`."""
+    kinds = fields.get("layer_types", default)
+    if len(kinds) != len(default):
+        raise ConfigError("layer_types", f": are {len(kinds)}, and num_hidden_layers={len(default)}")
+    for kind in kinds:
+        if kind not in known:
+            raise ConfigError("layer_types", f": {kind!r} is not supported; known: {', '.join(known)}")
+    return kinds
+
+
 def layers(blocks: Sequence[Block]) -> dict[str, Any]:
     """`prologue`, `pattern` and `num_layers` of a model of these layers, with as few different blocks as possible."""
     count = len(blocks)
+    if not count:
+        raise ConfigError("num_hidden_layers", ": must be at least 1")
 
     def repeats(prologue: int, period: int) -> bool:
         return all(blocks[i] == blocks[i - period] for i in range(prologue + period, count))

@@ -15,10 +15,11 @@ from hybridlm import config_io
 from hybridlm.config import Config, Data, Model
 from hybridlm.config_check import ConfigError
 from hybridlm.data.tokenizers import load_tokenizer
+from hybridlm.distributed import together
 from hybridlm.interop.architecture import Architecture
 from hybridlm.interop.canonical import differences
 from hybridlm.interop.families import ARCHITECTURES, architecture_named, architecture_of
-from hybridlm.interop.fields import CONFIG, Fields, read_fields
+from hybridlm.interop.fields import CONFIG, Fields, check_not_quantized, read_fields
 from hybridlm.interop.safetensors import DTYPES, SINGLE, Planned, Tensors, write_model
 from hybridlm.interop.weights import by_layer, check_tensors, read_params, shapes_of, with_offset, written
 from hybridlm.model import Params
@@ -51,11 +52,12 @@ def read_model(hf_dir: Path) -> tuple[Architecture, Model]:
     path = hf_dir / CONFIG
     try:
         architecture = architecture_of(fields)
+        check_not_quantized(fields)
         return architecture, architecture.to_model(fields)
     except ConfigError as error:
         raise config_io.FileError(f"{path}: {error.path}", error.message) from None
-    except (TypeError, ValueError) as error:
-        raise config_io.FileError(str(path), f": has a field of the wrong type: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise config_io.FileError(str(path), f": has a field of a wrong type or size: {error}") from None
 
 
 def import_config(hf_dir: Path, overrides: Sequence[str] = ()) -> tuple[Architecture, Config]:
@@ -87,6 +89,7 @@ def import_run(hf_dir: str | Path, out: str | Path, overrides: Sequence[str] = (
     """
     hf_dir, out = Path(hf_dir), Path(out)
     derived.check_free(out)
+    together("the directory is free")  # before the first begins to write beside it
     architecture, config = import_config(hf_dir, overrides)
     tensors = Tensors(hf_dir)
     check_tensors(tensors, architecture, config.model, config.kernels, run_mesh(config))
@@ -161,11 +164,9 @@ def export_run(
     def kept_tensor(name: str) -> np.ndarray | None:
         return None if kept is None or name not in kept.entries else kept.read(name)
 
-    partial = out.with_name(out.name + ".partial")
+    partial = derived.partial_of(out)
     try:
         partial.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(str(partial), ": was left by a command that was cut short; remove it") from None
     except OSError as error:
         raise ConfigError(f"--out {out}", f": cannot be written to: {error.strerror}") from None
     try:

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hybridlm import config
 from hybridlm.config_check import ConfigError
-from hybridlm.distributed import agreed
+from hybridlm.distributed import agreed, together
 from hybridlm.finetune.adapters import ADAPTERS
 from hybridlm.finetune.arrays import abstract_adapted, lora_of, merged_arrays
 from hybridlm.train import layout
@@ -299,8 +299,7 @@ class Checkpoints:
                 print(f"{self.path(step)} is damaged: {problem}; it is set aside as {name}", flush=True)
         self.set_aside.extend(damaged)
         if damaged:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            together("damaged checkpoints are set aside")
             self._checkpointer.reload()
 
     def _context(self, *, partial: bool = False, at_least_bytes: int = 0) -> ocp.Context:

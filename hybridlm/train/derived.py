@@ -16,6 +16,7 @@ from hybridlm.config import Config, Distill
 from hybridlm.config_check import ConfigError
 from hybridlm.data.corpus import Corpus, load_corpus
 from hybridlm.data.pipeline import Batches
+from hybridlm.distributed import agreed, is_first, together
 from hybridlm.finetune.adapters import base_of
 from hybridlm.model import Params, build
 from hybridlm.model.by_layer import drawn
@@ -136,11 +137,21 @@ def prepared(config: Config) -> tuple[jax.sharding.Mesh, Corpus]:
 
 
 def check_free(directory: Path) -> None:
-    """Raise ConfigError where there is something at `directory` already."""
+    """Raise ConfigError where `directory` cannot be made, or holds something already."""
     if directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"--out {directory}", ": is there already and holds something; choose another --out")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--out {directory}", ": is a file; choose another --out")
+    if (partial := partial_of(directory)).exists():
+        raise ConfigError(str(partial), ": was left by a command that was cut short; remove it")
+    above = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(f"--out {directory}", f": cannot be written to: {above} is a file, or not writable")
+
+
+def partial_of(directory: Path) -> Path:
+    """Where what becomes `directory` is written."""
+    return directory.with_name(directory.name + ".partial")
 
 
 def write_run(
@@ -154,16 +165,12 @@ def write_run(
 ) -> None:
     """Write a run of `config` that is about to take its first step from `params`, with a fresh optimizer state.
 
-    `add_files` may write more into the directory that it is given. The run is written beside `directory` and then
-    renamed: after an error there is none, not half of one.
+    All processes must call; the first writes what is no checkpoint, and `add_files` may write more into the directory
+    that it is given. The run is written beside `directory` and then renamed: after an error there is none, not half
+    of one.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(str(partial), ": was left by a command that was cut short; remove it") from None
-    except OSError as error:
-        raise ConfigError(f"--out {directory}", f": cannot be written to: {error.strerror}") from None
+    partial = partial_of(directory)
+    _make_partial(partial, directory)
     try:
         with jax.set_mesh(mesh):
             program = step_program(config, mesh)
@@ -172,16 +179,33 @@ def write_run(
             )
             state = jax.jit(program.state_from, donate_argnums=0)(params)
             run_directory.prepare(config, partial, fresh=True)
-            config_io.dump_json(config, partial / "config.json")
-            run_directory.write_origin(partial, origin)
-            if add_files is not None:
-                add_files(partial)
+            if is_first():
+                config_io.dump_json(config, partial / "config.json")
+                run_directory.write_origin(partial, origin)
+                if add_files is not None:
+                    add_files(partial)
             with Checkpoints(partial / "checkpoints", config.model, config.checkpoint) as checkpoints:
                 data = {"corpus": corpus.fingerprint, "batches": first_position(config, corpus)}
                 checkpoints.save(0, state, data, config_io.to_dict(config))
-        os.replace(partial, directory)
+        together("the run is written")
+        if is_first():
+            os.replace(partial, directory)
+        together("the run has its name")
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_partial(partial: Path, directory: Path) -> None:
+    """Of the first process, and all learn where it could not."""
+    refusal = None
+    if is_first():
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            refusal = ConfigError(f"--out {directory}", f": cannot be written to: {error.strerror}")
+    if agreed(refusal is not None):
+        raise refusal or ConfigError(f"--out {directory}", ": cannot be used, as the first process says")
 
 
 def first_position(config: Config, corpus: Corpus) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from hybridlm import config_io
 from hybridlm.config import Config
@@ -87,7 +86,10 @@ def _on_mesh(params: Params, abstract: Params, program: StepProgram) -> Params:
 
     def laid_out(path: tuple[Any, ...], like: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return drawn[name] if name in drawn else jax.device_put(np.asarray(leaves[name]), like.sharding)
+        if name in drawn:
+            return drawn[name]
+        # Unlike device_put, which compares the whole arrays of all processes with each other.
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: leaves[name][index])
 
     return jax.tree_util.tree_map_with_path(laid_out, abstract)
 

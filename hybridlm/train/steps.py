@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
+
+from hybridlm.distributed import together
 
 # Orbax takes any directory named by a number for a checkpoint; these files it writes before the commit.
 PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data", "config")
@@ -40,8 +41,7 @@ def set_aside_incomplete(directory: Path) -> None:
         for path in incomplete:
             os.replace(path, path.with_name(f"incomplete.{path.name}"))
             print(f"{path} is incomplete; it is set aside as incomplete.{path.name}", flush=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("incomplete checkpoints are set aside")  # before others look for the latest
+    together("incomplete checkpoints are set aside")  # before others look for the latest
 
 
 def set_aside_corrupt(path: Path) -> str:
