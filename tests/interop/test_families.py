@@ -7,18 +7,22 @@ import jax
 import numpy as np
 import pytest
 
-from hybridlm.config import Model
-from hybridlm.config_io import from_dict, to_dict
+from hybridlm.config import Kernels, Model
+from hybridlm.config_check import ConfigError
+from hybridlm.config_io import from_dict, load_config, to_dict
 from hybridlm.interop.canonical import differences
 from hybridlm.interop.families import ARCHITECTURES
 from hybridlm.interop.fields import Fields
 from hybridlm.interop.runs import find_architecture, read_model
 from hybridlm.interop.safetensors import Tensors
-from hybridlm.interop.weights import by_layer, written
+from hybridlm.interop.weights import by_layer, shapes_of, written
+from hybridlm.model import build
+from hybridlm.train import layout
+from tests.interop.configs import PUBLISHED
 from tests.interop.published import FAMILIES, FLA, TOLERANCE, Published, largest_errors, load, publish
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 CHEAP = ("Llama", "RecurrentGemma")
 every_family = pytest.mark.parametrize(
     "family",
@@ -64,6 +68,47 @@ def test_configs_come_back(name: str) -> None:
     assert found.name == name
     assert differences(model, found.to_model(Fields(fields))) == []
     assert from_dict(Model, to_dict(model)) == model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tensors_of_published_sizes_are_those_of_transformers(name: str) -> None:
+    """Names and shapes of whole models, of which no memory is taken."""
+    fields = PUBLISHED[name]
+    described = transformers.AutoConfig.for_model(**{k: v for k, v in fields.items() if k != "architectures"})
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(described).state_dict()
+    if fields["tie_word_embeddings"]:
+        del theirs["lm_head.weight"]
+    architecture = ARCHITECTURES[fields["architectures"][0]]
+    model = architecture.to_model(Fields(fields))
+    init, _ = build(model, Kernels())
+    shapes = layout.flat_abstract(jax.eval_shape(lambda: init(jax.random.key(0))), model)
+    found = {
+        tensor: shape
+        for rule in architecture.rules(model, theirs)
+        for tensor, shape in zip(rule.theirs, shapes_of(rule, [shapes[n].shape for n in rule.ours]), strict=True)
+    }
+    assert found == {tensor: tuple(x.shape) for tensor, x in theirs.items()}
+
+
+def test_the_recipe_of_recurrent_gemma_is_the_published_model() -> None:
+    architecture, fields = find_architecture(load_config("recurrentgemma_2b").model, None)
+    assert architecture.name == "RecurrentGemmaForCausalLM"
+    published = architecture.to_model(Fields(PUBLISHED["recurrentgemma-2b"]))
+    assert differences(architecture.to_model(Fields(fields)), published) == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "problem"),
+    [
+        (["full_attention"], "layer_types: are 1, and num_hidden_layers=28"),
+        (["chunked_attention"] * 28, "layer_types: 'chunked_attention' is not supported; known: full_attention, "),
+    ],
+)
+def test_layers_of_an_unknown_kind_are_refused(kinds: list[str], problem: str) -> None:
+    fields = PUBLISHED["qwen3-0.6b"] | {"layer_types": kinds}
+    with pytest.raises(ConfigError, match=problem):
+        ARCHITECTURES["Qwen3ForCausalLM"].to_model(Fields(fields))
 
 
 @pytest.mark.parametrize("family", FLA)

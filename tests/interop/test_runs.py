@@ -203,6 +203,40 @@ def test_parameters_are_read_into_their_layout(published: Published) -> None:
     assert w_q.sharding.shard_shape(w_q.shape) == (2, 32 // 4, 4 // 2, 8)
 
 
+def test_no_device_ever_holds_more_than_its_part(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On four devices: of all arrays there are while tensors are read and layers put together, and in the end."""
+    architecture, config = import_config(published.directory)
+    mesh = make_mesh(Mesh(data=1, fsdp=4), jax.devices()[:4])
+    before = jax.live_arrays()
+    known = {id(x) for x in before}
+    sizes: list[int] = []
+
+    def measure() -> None:
+        for x in jax.live_arrays():
+            if id(x) not in known:
+                sizes.extend(shard.data.size for shard in x.addressable_shards)
+
+    read, assembled = Tensors.read, layout.assembled
+
+    def measured_read(self: Tensors, name: str) -> np.ndarray:
+        measure()
+        return read(self, name)
+
+    def measured_assembled(leaf: layout.Leaf, arrays: dict[str, Any]) -> Any:
+        measure()
+        return assembled(leaf, arrays)
+
+    monkeypatch.setattr(Tensors, "read", measured_read)
+    monkeypatch.setattr(layout, "assembled", measured_assembled)
+    params = jax.tree.leaves(
+        read_params(Tensors(published.directory), architecture, config.model, config.kernels, mesh)
+    )
+    measure()
+    largest = max(params, key=lambda x: x.size)
+    assert largest.sharding.shard_shape(largest.shape) != largest.shape
+    assert max(sizes) == largest.size // 4
+
+
 def test_lower_bounds_of_a_trained_run_are_exported() -> None:
     """Ours are a logit per layer, theirs shares of a sum over layers."""
     logits = np.log(np.array([[0.1, 0.2, 0.01], [0.3, 0.9, 0.02], [0.9, 0.9999, 0.021]], np.float32))
@@ -302,11 +336,27 @@ WRONG: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda d: with_fields(d, architectures=["OPTForCausalLM"]),
         ("OPTForCausalLM is not supported", "known are LlamaForCausalLM, MistralForCausalLM"),
     ),
+    "no-architecture": (
+        lambda d: with_fields(d, architectures=None, model_type=None),
+        ("config.json: architectures: is missing, and so is model_type; known are LlamaForCausalLM",),
+    ),
+    "quantized": (
+        lambda d: with_fields(d, quantization_config={"quant_method": "fp8"}),
+        ("config.json: quantization_config=fp8: quantized weights are not read", "bfloat16"),
+    ),
+    "no-layers": (
+        lambda d: with_fields(d, num_hidden_layers=0),
+        ("config.json: num_hidden_layers: must be at least 1",),
+    ),
+    "no-heads": (
+        lambda d: with_fields(d, num_attention_heads=0),
+        ("config.json: has a field of a wrong type or size",),
+    ),
     "rotary": (
         lambda d: with_fields(d, rope_parameters={"rope_type": "yarn", "factor": 4.0}),
         ("config.json: rope_type='yarn': is not supported",),
     ),
-    "type": (lambda d: with_fields(d, hidden_size="wide"), ("config.json: has a field of the wrong type",)),
+    "type": (lambda d: with_fields(d, hidden_size="wide"), ("config.json: has a field of a wrong type or size",)),
     "no-json": (lambda d: (d / "config.json").write_text("{"), ("config.json: is not JSON",)),
     "empty": (emptied, ("holds no config.json, so it is no published model",)),
     "no-weights": (lambda d: [p.unlink() for p in d.glob("model*")], ("holds no model.safetensors",)),
@@ -329,6 +379,11 @@ def test_wrong_input_is_one_line(case: str, published: Published, invoke: Callab
 def test_nothing_is_written_over(run: Path, published: Published, invoke: Callable[..., Any], tmp_path: Path) -> None:
     for words in (("import", published.directory, "--out", run), ("export", run, "--out", published.directory)):
         invoke(*words).assert_refused("is there already and holds something")
+    (tmp_path / "cut.partial").mkdir()
+    (tmp_path / "file").touch()
+    for words in (("import", published.directory), ("export", run)):
+        invoke(*words, "--out", tmp_path / "cut").assert_refused("cut.partial: was left by a command", "remove it")
+        invoke(*words, "--out", tmp_path / "file" / "out").assert_refused(f"cannot be written to: {tmp_path / 'file'}")
     invoke("import", tmp_path / "none", "--out", tmp_path / "run").assert_refused("none: no such directory")
     invoke("export", run, "--out", tmp_path / "out", "--model.width=8").assert_refused("model.width=8", "leave it out")
 

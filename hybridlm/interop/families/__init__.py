@@ -15,11 +15,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(fields: Fields) -> Architecture:
     """That of a config.json: by `architectures`, or where that is absent by `model_type`."""
-    names = fields.get("architectures", [])
-    if not names:
-        kind = fields.get("model_type")
-        names = [known.name for known in ARCHITECTURES.values() if known.model_type == kind] or [str(kind)]
-    return architecture_named(str(names[0]), "architectures")
+    names, kind = fields.get("architectures"), fields.get("model_type")
+    if names:
+        name = names if isinstance(names, str) else names[0]
+        return architecture_named(str(name), "architectures")
+    if kind is None:
+        raise ConfigError("architectures", f": is missing, and so is model_type; known are {', '.join(ARCHITECTURES)}")
+    by_type = (known.name for known in ARCHITECTURES.values() if known.model_type == kind)
+    return architecture_named(next(by_type, str(kind)), "model_type")
 
 
 def architecture_named(name: str, where: str) -> Architecture:

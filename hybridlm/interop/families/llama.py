@@ -7,9 +7,10 @@ from typing import Any
 from hybridlm.config import Attention, Block, GatedMLP, GeGLU, Model, SwiGLU
 from hybridlm.config_check import ConfigError
 from hybridlm.interop.architecture import Architecture
-from hybridlm.interop.fields import Fields, layers, rotary, rotary_fields
+from hybridlm.interop.fields import Fields, layer_kinds, layers, rotary, rotary_fields
 from hybridlm.interop.rules import Rule, flat, linear, same, under
 
+FULL, LOCAL = "full_attention", "sliding_attention"
 TANH_GELU = ("gelu_pytorch_tanh", "gelu")
 """Gemma's first configs say `gelu` and mean the tanh form."""
 
@@ -102,13 +103,11 @@ def to_qwen(fields: Fields, **norm_and_bias: Any) -> Model:
     if not fields.get("use_sliding_window", False):
         window = None
     first = fields.get("max_window_layers", 28)
-    is_local = [window is not None and i >= first for i in range(count)]
-    if (kinds := fields.get("layer_types")) is not None:
-        is_local = [kind == "sliding_attention" for kind in kinds]
+    default = [LOCAL if window is not None and i >= first else FULL for i in range(count)]
     ffn = SwiGLU(hidden=fields["intermediate_size"])
     blocks = [
-        Block(mixer=Attention(**sizes(fields), window=window if local else None, **norm_and_bias), ffn=ffn)
-        for local in is_local
+        Block(mixer=Attention(**sizes(fields), window=window if kind == LOCAL else None, **norm_and_bias), ffn=ffn)
+        for kind in layer_kinds(fields, default, (FULL, LOCAL))
     ]
     return Model(**layers(blocks), **outer(fields))
 
@@ -191,7 +190,7 @@ def qwen_fields(model: Model, **special: Any) -> dict[str, Any]:
         use_sliding_window=window is not None,
         sliding_window=window,
         max_window_layers=first,
-        layer_types=["full_attention" if w is None else "sliding_attention" for w in windows],
+        layer_types=[FULL if w is None else LOCAL for w in windows],
         **special,
     )
 

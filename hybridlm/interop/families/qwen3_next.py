@@ -14,7 +14,7 @@ from hybridlm.interop.families.llama import (
     outer_fields,
     outer_rules,
 )
-from hybridlm.interop.fields import Fields, layers, rotary
+from hybridlm.interop.fields import Fields, layer_kinds, layers, rotary
 from hybridlm.interop.rules import Rule, expert_matrices, linear, same, stacked_experts, taps, under
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -40,8 +40,9 @@ def to_model(fields: Fields) -> Model:
         value_head_dim=fields.get("linear_value_head_dim", 128),
         conv_width=fields.get("linear_conv_kernel_dim", 4),
     )
-    kinds = fields.get("layer_types", [LINEAR if (i + 1) % every else FULL for i in range(count)])
-    mixers = [attention if kind == FULL else delta for kind in kinds]
+    default = [LINEAR if (i + 1) % every else FULL for i in range(count)]
+    mixer_of = {LINEAR: delta, FULL: attention}
+    mixers = [mixer_of[kind] for kind in layer_kinds(fields, default, mixer_of)]
     return Model(
         **layers([Block(mixer=mixer, ffn=_ffn(fields, i)) for i, mixer in enumerate(mixers)]),
         **outer(fields, norm_offset=True),
