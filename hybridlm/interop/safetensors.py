@@ -30,6 +30,8 @@ DTYPES: dict[str, Any] = {
 LARGEST_HEADER = 100_000_000
 """Bytes; the format allows no more."""
 
+COMPARED_BYTES = 1 << 24
+
 
 class Entry(NamedTuple):
     """Where a tensor lies."""
@@ -61,6 +63,22 @@ class Tensors:
         if count != array.nbytes:
             raise ConfigError(str(entry.file), f": ends within {name}; copy the file again")
         return array.reshape(entry.shape)
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same bytes, of which a part is read at a time."""
+        first, second = self.entries[name], self.entries[other]
+        if (first.shape, first.dtype) != (second.shape, second.dtype):
+            return False
+        left = math.prod(first.shape) * first.dtype.itemsize
+        with first.file.open("rb") as a, second.file.open("rb") as b:
+            a.seek(first.first)
+            b.seek(second.first)
+            while left > 0:
+                size = min(left, COMPARED_BYTES)
+                if a.read(size) != b.read(size):
+                    return False
+                left -= size
+        return True
 
 
 def _files_of(directory: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from hybridlm.model import Params, build
 from hybridlm.train import layout
 from hybridlm.train.checkpoint import abstract_state
 
+HEAD = "lm_head.weight"
 SHOWN = 8
 """Names of tensors in an error."""
 NEVER_READ = ("rotary_emb.inv_freq",)
@@ -36,6 +37,7 @@ def read_params(
         wanted = layout.flat_abstract(abstract, model)
         rules = architecture.rules(model, tensors.entries)
         _check(tensors, architecture, model, rules, wanted)
+        _check_tied(tensors, model, rules)
         leaves = layout.leaves_of(abstract, model)
         number = {name: i for i, leaf in enumerate(leaves) for name in leaf.names}
         arrays: dict[str, jax.Array] = {}
@@ -101,11 +103,24 @@ def _check(
     _refuse(where, "holds", wrong)
 
 
+def _check_tied(tensors: Tensors, model: Model, rules: Sequence[Rule]) -> None:
+    """Raise ConfigError where a model whose head is its embedding has another head; transformers takes the latter."""
+    if not model.tied_embedding or HEAD not in tensors.entries:
+        return
+    embedding = next(rule.theirs[0] for rule in rules if rule.ours == ("embedding",))
+    if not tensors.are_equal(HEAD, embedding):
+        raise ConfigError(
+            str(tensors.directory),
+            f": says tie_word_embeddings, and {HEAD} is not {embedding}; set it to false in config.json, or leave "
+            f"{HEAD} out",
+        )
+
+
 def _beside(names: Collection[str], architecture: Architecture, model: Model) -> set[str]:
     """Tensors that nothing is lost with."""
 
     def is_beside(name: str) -> bool:
-        is_copy = model.tied_embedding and name == "lm_head.weight"
+        is_copy = model.tied_embedding and name == HEAD
         return is_copy or name.endswith(NEVER_READ) or not architecture.is_read(name)
 
     return set(filter(is_beside, names))

@@ -376,6 +376,18 @@ def test_wrong_input_is_one_line(case: str, published: Published, invoke: Callab
     assert not list(tmp_path.glob("run*"))
 
 
+def test_a_head_beside_a_tied_embedding_has_to_be_the_same(
+    published: Published, invoke: Callable[..., Any], tmp_path: Path
+) -> None:
+    with_fields(directory := copied(published.directory, tmp_path / "hf"), tie_word_embeddings=True)
+    invoke("import", directory, "--out", tmp_path / "run").assert_refused(
+        "says tie_word_embeddings, and lm_head.weight is not model.embed_tokens.weight", "set it to false"
+    )
+    with_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    config, params = load_published(directory)
+    assert config.model.tied_embedding and "w_head" not in params
+
+
 def test_nothing_is_written_over(run: Path, published: Published, invoke: Callable[..., Any], tmp_path: Path) -> None:
     for words in (("import", published.directory, "--out", run), ("export", run, "--out", published.directory)):
         invoke(*words).assert_refused("is there already and holds something")
