@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import hybridlm
@@ -25,11 +24,11 @@ dataset_kwargs:
   data_files:
     test: {data}
 test_split: test
-doc_to_text: "{{{{context}}}}"
 """
 CHOICES = """
 task: animals
 output_type: multiple_choice
+doc_to_text: "{{context}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: label
 metric_list:
@@ -39,15 +38,24 @@ metric_list:
 WORDS = """
 task: animal_words
 output_type: loglikelihood
-doc_to_target: "{{choices[0]}}"
+doc_to_text: "{{text.split(' ')[:-1] | join(' ')}}"
+doc_to_target: "{{' ' + text.split(' ')[-1]}}"
 metric_list:
   - metric: perplexity
     aggregation: perplexity
     higher_is_better: false
+  - metric: acc
 """
+WORDS_OF_CHOICES = ("sat.", "a dog", "é", "xyzzy qq", "ran. one bird sang.", "t")
 DOCS = [
-    {"context": "the cat", "choices": [" sat.", "xyzzy"], "label": 0},
-    {"context": "one bird", "choices": [" sang.", "qqqqqqq"], "label": 1},
+    {
+        "context": context,
+        "choices": WORDS_OF_CHOICES[first : first + 3],
+        "label": (first + len(context)) % 3,
+        "text": " ".join((context, *WORDS_OF_CHOICES[: first + 1])),
+    }
+    for first in range(4)
+    for context in ("the cat", "one bird", "a dog ran. the")
 ]
 
 
@@ -93,17 +101,39 @@ def test_likelihoods_and_texts_are_ours(scorer: Scorer, run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_task_by_command(invoke: Callable, run: Path, tasks: Path, scorer: Scorer) -> None:
-    code, out, err = invoke("eval", run, "--task", "harness:animals", "--include", tasks)
+def test_the_harness_and_files_of_requests_give_the_same_numbers(
+    invoke: Callable, run: Path, tasks: Path, tmp_path: Path
+) -> None:
+    """Of the same questions and passages."""
+    requests, passages = tmp_path / "requests.jsonl", tmp_path / "passages.jsonl"
+    lines = [
+        {"doc_id": number, "idx": index, "label": doc["label"]}
+        | {"request": {"context": doc["context"], "continuation": f" {choice}"}}
+        for number, doc in enumerate(DOCS)
+        for index, choice in enumerate(doc["choices"])
+    ]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    passages.write_text("".join(json.dumps({"text": doc["text"]}) + "\n" for doc in DOCS))
+    named = [word for task in ("multiple_choice", "harness:animals") for word in ("--task", task)]
+    named += [word for task in ("lambada", "harness:animal_words") for word in ("--task", task)]
+    files = ["--task-file", requests, "--task-file", passages]
+    out = tmp_path / "report.json"
+    code, _, err = invoke("eval", run, *named, *files, "--include", tasks, "--json", out)
     assert code == 0, err
-    right = []
-    for doc in DOCS:
-        pairs = [request(scorer.tokenizer, doc["context"], choice) for choice in doc["choices"]]
-        given = [found.log_likelihood for found in log_likelihoods(scorer, pairs)]
-        right.append(int(np.argmax(given)) == doc["label"])
-    assert f"acc,none         {np.mean(right):.4f}\n" in out
-    kept = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
-    assert (kept["task"], kept["acc,none"]) == ("harness:animals", np.mean(right))
+    choices, animals, words, animal_words = json.loads(out.read_text())["results"]
+    assert (animals["acc,none"], animals["acc_norm,none"]) == (choices["acc"], choices["acc_norm"])
+    assert choices["acc"] != choices["acc_norm"]
+    assert animal_words["acc,none"] == words["acc"]
+    assert animal_words["perplexity,none"] == pytest.approx(words["perplexity"], rel=1e-6)
+    kept = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [(line["task"], line.get("acc,none")) for line in kept[-3:]] == [
+        ("harness:animals", animals["acc,none"]),
+        ("lambada", None),
+        ("harness:animal_words", words["acc"]),
+    ]
+
+
+def test_a_task_that_the_harness_lacks(invoke: Callable, run: Path, tasks: Path) -> None:
     invoke("eval", run, "--task", "harness:animlas", "--include", tasks).assert_refused("there is no such task")
 
 
