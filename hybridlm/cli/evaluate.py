@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ def plain(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def with_tasks(config: Config, args: argparse.Namespace, given: dict[str, Any], *, train_length: int) -> dict[str, Any]:
     """Every task in its turn; the report of the only one where no --task names it, else `step` and `results`."""
+    from hybridlm.evaluation import windows
     from hybridlm.evaluation.scoring import open_run
     from hybridlm.evaluation.tasks import task_named
 
@@ -89,6 +91,8 @@ def with_tasks(config: Config, args: argparse.Namespace, given: dict[str, Any], 
     tasks = [task_named(name) for name in names]
     check_reads(names, tasks, given)
     runs = list(zip(names, tasks, options_of(names, tasks, given, args.task_file or []), strict=True))
+    for _, _, options in runs:
+        windows.check(options.windows, config.data.seq_len, options.stride)  # before a checkpoint is read
     results = []
     scorer = open_run(config, args.run, train_length)
     print(f"checkpoint       step {scorer.step}")
@@ -98,7 +102,7 @@ def with_tasks(config: Config, args: argparse.Namespace, given: dict[str, Any], 
         report = settings | task.run(scorer, options)
         for line in task.lines({key: value for key, value in report.items() if key not in settings}):
             print(line, flush=True)
-        keep(args.run, report)
+        keep(args.run, report, task.charted)
         results.append(report)
     return results[0] if args.task is None else {"step": results[0]["step"], "results": results}
 
@@ -164,11 +168,12 @@ def data_of(spec: str | None) -> dict[str, Any]:
     return {} if spec is None else {"data": spec}
 
 
-def keep(run: Path, report: dict[str, Any]) -> None:
-    """Add the numbers to the run's eval.jsonl, without tables; a run that cannot be written to is only read."""
+def keep(run: Path, report: dict[str, Any], charted: Set[str] = frozenset()) -> None:
+    """Add the numbers to the run's eval.jsonl, of tables those that are `charted`; a run that cannot be written to is
+    only read."""
     from hybridlm.train.metrics import JsonLines
 
-    flat = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
+    flat = {name: value for name, value in report.items() if name in charted or not isinstance(value, list | dict)}
     try:
         JsonLines(run / "eval.jsonl").append(flat)
     except OSError as error:

@@ -8,7 +8,7 @@ Letters: b batch, t time.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def collapse(scorer: Scorer, options: Options) -> dict[str, Any]:
     window within the training length by `STANDARD_ERRORS` of their difference and by `LEAST_RISE`), and for every layer
     with a recurrent state the `mean` and `variance` of its entries and the `norm`, a mean over rows. `first_risen` is
     where the loss rises for good, if it does, and `norm_growth` the largest ratio of a norm at the end to that at the
-    training length.
+    training length. `by_length` has the loss and the norms alone, of the windows that `lines_of` shows.
 
     Raises ConfigError where the text is too short.
     """
@@ -90,8 +90,18 @@ def collapse(scorer: Scorer, options: Options) -> dict[str, Any]:
         "loss_at_end": windows[-1]["loss"],
         "first_risen": for_good,
         "norm_growth": growth,
+        "by_length": [
+            {"length": window["end"], "loss": window["loss"]}
+            | {f"layer {found['layer']}": found["norm"] for found in window["layers"]}
+            for window in doubling(windows)
+        ],
         "by_window": windows,
     }
+
+
+def doubling(windows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Number 1, 2, 4, 8, ..., and the last."""
+    return [window for n, window in enumerate(windows, 1) if n & (n - 1) == 0 or n == len(windows)]
 
 
 def rows_of_text(scorer: Scorer, options: Options, length: int) -> np.ndarray:
@@ -152,11 +162,9 @@ def by_layer(scorer: Scorer, statistics: Any) -> dict[int, dict[str, Any]]:
 def lines_of(report: Mapping[str, Any]) -> list[str]:
     """Loss and the norms of states by length, doubling from window to window, and what they say."""
     windows = report["by_window"]
-    shown = [i for i in range(len(windows)) if (i + 1) & i == 0 or i == len(windows) - 1]
     layers = [found["layer"] for found in windows[0]["layers"]]
     lines = ["     tokens     loss " + "".join(f"  norm of {layer:<3}" for layer in layers)]
-    for i in shown:
-        window = windows[i]
+    for window in doubling(windows):
         norms = "".join(f"{found['norm']:13.3f}" for found in window["layers"])
         beyond = "  risen" if window["risen"] else "  beyond training" if window["end"] > report["train_length"] else ""
         lines.append(f"{window['end']:11,} {window['loss']:8.4f} {norms}{beyond}")

@@ -8,7 +8,7 @@ from hybridlm.evaluation.options import Options
 from hybridlm.evaluation.scoring import Scorer
 
 Report = dict[str, Any]
-"""Numbers and words by name; what is a list goes to --json alone."""
+"""Numbers and words by name; what is a list goes to --json alone, but for what is `charted`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class Task:
     reads: frozenset[str]
     """The fields of `Options` that it heeds."""
     needs_file: bool = False
+    charted: frozenset[str] = frozenset()
+    """Lists that eval.jsonl holds too, for charts of `hybridlm report`."""
 
 
 def numbers(report: Mapping[str, Any]) -> list[str]:

@@ -21,9 +21,17 @@ def register(
     run: Callable[[Scorer, Options], Report],
     lines: Callable[[Report], Sequence[str]],
     reads: Set[str],
+    charted: Set[str] = frozenset(),
 ) -> None:
     """Let `--task NAME` run `run` and print `lines` of its report."""
-    TASKS[name] = Task(summary=summary, run=run, lines=lines, reads=frozenset(reads), needs_file="file" in reads)
+    TASKS[name] = Task(
+        summary=summary,
+        run=run,
+        lines=lines,
+        reads=frozenset(reads),
+        needs_file="file" in reads,
+        charted=frozenset(charted),
+    )
 
 
 def with_cells(report: Report) -> list[str]:
@@ -41,7 +49,8 @@ register("lambada", "the last words of the passages in a file", lambada.lambada,
 register("passkey", "a number hidden in noise, by length and depth", passkey.passkey, with_cells, GRID)
 register("needle", "a number hidden in text, by length and depth", passkey.needle, with_cells, GRID | {"data"})
 register("recall", "tokens that the context has shown, and others", recall.recall, numbers, TEXT | {"ngram", "rare"})
-register("collapse", "states far beyond training", collapse.collapse, collapse.lines_of, {"data", "length"})
+LENGTH = {"data", "length"}
+register("collapse", "states far beyond training", collapse.collapse, collapse.lines_of, LENGTH, {"by_length"})
 
 
 def task_named(name: str) -> Task:

@@ -6,7 +6,7 @@ from hybridlm.report.charts import SMOOTH_FROM, chart
 from hybridlm.report.html import Markup, element, folded, section, table
 from hybridlm.report.numbers import is_number, number, percent
 from hybridlm.report.runs import Run, step_of
-from hybridlm.report.series import Series, series_of
+from hybridlm.report.series import Record, Series, series_of
 
 TITLES = {
     "aux/moe_max_load": ("Load of the busiest expert", "over the mean; 1 is balance"),
@@ -123,7 +123,15 @@ def use_of_memories(run: Run, anchor: str) -> Markup:
 
 
 def states(run: Run, anchor: str) -> Markup:
-    return _of_blocks(run, "Recurrent states", anchor, _is_of_state, "", "layer")
+    """Norms by length, of the last `hybridlm eval --task collapse`, and metrics of states."""
+    records = run.tasks.get("collapse") or [{}]
+    found = records[-1].get("by_length")
+    rows: list[Record] = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    layers = [name for name in rows[0] if name.startswith("layer ")] if rows else []
+    lines = [series_of(rows, name, x="length") for name in layers]
+    note = f"in a text read at a stretch, at step {step_of(records[-1]):,}"
+    norms = chart("Norm of the recurrent state", lines, note=note, x_name="length", x_log=True)
+    return _of_blocks(run, "Recurrent states", anchor, _is_of_state, "", "layer", norms)
 
 
 def others(run: Run, anchor: str) -> Markup:
@@ -140,10 +148,12 @@ def _is_of_state(name: str) -> bool:
     return "state" in name and not name.startswith(("layers/", "tokens/", "epoch/", "aux/memory_"))
 
 
-def _of_blocks(run: Run, title: str, anchor: str, wanted: Callable[[str], bool], lead: str, part: str) -> Markup:
-    """A chart for each metric that is `wanted`, and the last values of each layer or table."""
+def _of_blocks(
+    run: Run, title: str, anchor: str, wanted: Callable[[str], bool], lead: str, part: str, *first: Markup
+) -> Markup:
+    """The charts `first`, one for each metric that is `wanted`, and the last values of each layer or table."""
     names = sorted({name for record in run.metrics for name in record if wanted(name)}, key=_order)
-    charts = []
+    charts = [*first]
     for name in names:
         shown, note = title_of(name)
         charts.append(chart(shown, [series_of(run.metrics, name)], note=note, smooth=True))

@@ -35,7 +35,7 @@ SECTIONS: dict[str, Section] = {
 def write_report(directories: Sequence[Path], out: Path, plan: Path | None = None) -> list[Run]:
     """Write the report of these runs to `out`, at once or not at all. Returns the runs.
 
-    Raises ConfigError where one is no run or has no metrics, or `out` cannot be written.
+    Raises ConfigError where one is no run, or `out` cannot be written.
     """
     runs = [read_run(path, name, plan) for path, name in zip(directories, names_of(directories), strict=True)]
     text = page_of(runs)

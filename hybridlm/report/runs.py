@@ -46,13 +46,9 @@ class Run:
 def read_run(directory: Path, name: str, plan: Path | None = None) -> Run:
     """The run in `directory`; `plan` is a file that `hybridlm plan --json` wrote (default: `plan.json` in there).
 
-    Raises ConfigError where the directory holds no run, or one that has not yet written metrics.
+    Raises ConfigError where the directory holds no run. One that ended in its first step has a report, too.
     """
     config = config_io.load_run_config(directory)
-    if not (directory / "metrics.jsonl").is_file():
-        raise ConfigError(
-            str(directory), ": holds no metrics.jsonl, so there is nothing to report; `hybridlm train` writes it"
-        )
     evals = json_lines(directory / "eval.jsonl")
     tasks: dict[str, list[Record]] = {}
     for record in evals:

@@ -1,5 +1,6 @@
 """What is hidden lies where it should; recall against a quadratic loop; states against those of single calls."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import hybridlm
+from hybridlm.cli.evaluate import keep
 from hybridlm.data.packing import TokenStream
 from hybridlm.data.tokenizers import ByteTokenizer
 from hybridlm.evaluation.collapse import collapse, has_risen, lines_of
@@ -15,6 +17,7 @@ from hybridlm.evaluation.options import Options
 from hybridlm.evaluation.passkey import NEEDLE, NOISE, PASSKEY, needle, passkey, prompt
 from hybridlm.evaluation.recall import counts_in, ngram_codes, recall, repeats
 from hybridlm.evaluation.scoring import Scorer
+from hybridlm.evaluation.tasks import TASKS
 
 TOKENIZER = ByteTokenizer()
 FILLER = [TOKENIZER.encode(sentence).astype(np.int32) for sentence in NOISE]
@@ -117,6 +120,11 @@ def test_states_are_those_of_one_row_read_at_once(scorer: Scorer, run: Path, tmp
     assert layer["norm"] == pytest.approx(np.mean(norms), rel=1e-4)
     assert report["loss_at_end"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert lines_of(report)[1].split()[0] == "32"
+    assert [row["length"] for row in report["by_length"]] == [32, 64, 96]
+    assert report["by_length"][-1] == {"length": 96, "loss": report["loss_at_end"], "layer 0": layer["norm"]}
+    keep(tmp_path, report, TASKS["collapse"].charted)
+    kept = json.loads((tmp_path / "eval.jsonl").read_text())
+    assert kept["by_length"] == report["by_length"] and "by_window" not in kept
 
 
 def test_a_rise_must_be_sure_and_large() -> None:

@@ -157,10 +157,15 @@ def test_a_value_that_is_not_finite_is_a_gap_and_is_told(write_run: WriteRun) ->
 
 
 def test_a_run_that_has_just_begun_has_a_report(write_run: WriteRun) -> None:
-    document = report_of(write_run(metrics=""))
+    run = write_run(metrics="")
+    document = report_of(run)
     assert document.one("p", "status").text == "No step of 40 has been logged yet."
     assert not list(document.all("figure", "chart"))
     assert "What was trained" in [heading.text for heading in document.all("h2")]
+    (run / "metrics.jsonl").unlink()  # as where its first step failed
+    assert str(report_of(run)) == str(document)
+    compared = report_of(write_run("a"), run)
+    assert [details.one("summary").text for details in compared.all("details", "run")] == ["a", "a_run"]
 
 
 def test_how_far_a_run_is(write_run: WriteRun) -> None:
@@ -181,18 +186,21 @@ def test_one_record_is_a_dot(write_run: WriteRun) -> None:
 
 
 def test_long_runs_keep_their_extremes_and_stay_small(write_run: WriteRun) -> None:
-    steps = range(1, 30_001)
-    loss = np.random.default_rng(3).normal(3.0, 0.1, len(steps))
-    loss[12_345], loss[23_456] = 9.0, 0.5
-    lines = "".join(f'{{"step": {step}, "loss": {value}}}\n' for step, value in zip(steps, loss, strict=True))
-    run = write_run(config=config_of(steps=30_000), metrics=lines)
+    """Of 100,000 records, in each of which all but the learning rate differ."""
+    names, count = ("loss", "bits_per_byte", "grad_norm", "tokens_per_second", "mfu", "step_time_s"), 100_000
+    values = np.random.default_rng(3).normal(3.0, 0.1, (len(names), count))
+    values[0, [12_345, 23_456]] = 9.0, 0.5
+    record = {"step": "%d", "lr": 0.003} | {name: "%.6f" for name in names}
+    line = json.dumps(record).replace('"%d"', "%d").replace('"%.6f"', "%.6f") + "\n"
+    lines = "".join(line % (step, *row) for step, row in enumerate(values.T.tolist(), 1))
+    run = write_run(config=config_of(steps=count), metrics=lines)
     figure = chart_of(report_of(run), "Loss")
     _, values, unit = values_seen(figure, "training", "raw")
     assert (values.max(), values.min()) == (pytest.approx(9.0, abs=unit), pytest.approx(0.5, abs=unit))
     assert len(values) <= 4 * 422
     means = values_seen(figure, "training", "mean")[1]
     assert np.all(np.abs(means - 3.0) < 0.1)
-    assert (run.parent / "report.html").stat().st_size < 100_000
+    assert (run.parent / "report.html").stat().st_size < 400_000
 
 
 def test_overview_is_of_config_and_environment(write_run: WriteRun) -> None:
@@ -257,6 +265,17 @@ def test_unknown_metrics_are_shown_too(write_run: WriteRun) -> None:
     document = report_of(write_run(metrics=records))
     assert chart_of(document, "state norm") and chart_of(document, "novel thing")
     assert "Recurrent states" in [heading.text for heading in document.all("h2")]
+
+
+def test_norms_of_states_are_those_of_the_last_evaluation(write_run: WriteRun) -> None:
+    lengths, norms = [32, 64, 128, 160], [2.0, 3.0, 5.0, 4.0]
+    rows = [{"length": n, "loss": 1.0, "layer 0": norm, "layer 2": 1.0} for n, norm in zip(lengths, norms, strict=True)]
+    older = {"step": 20, "task": "collapse", "by_length": [row | {"layer 0": 9.0} for row in rows]}
+    document = report_of(write_run(eval=[older, {"step": 40, "task": "collapse", "by_length": rows}]))
+    figure = chart_of(document, "Norm of the recurrent state")
+    assert figure.one("p").text == "in a text read at a stretch, at step 40"
+    table = [["length", "layer 0", "layer 2"], ["32", "2", "1"], ["64", "3", "1"], ["128", "5", "1"], ["160", "4", "1"]]
+    assert figure.one("table").rows() == table
 
 
 def test_two_runs_are_compared(write_run: WriteRun) -> None:

@@ -36,10 +36,6 @@ def test_what_is_no_run_is_refused(write_run: WriteRun, tmp_path: Path) -> None:
     assert "no such run directory" in refusal(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no config.json" in refusal(tmp_path / "empty")
-    run = write_run()
-    (run / "metrics.jsonl").unlink()
-    assert "holds no metrics.jsonl" in refusal(run)
-    assert not (run / "report.html").exists()
 
 
 def test_what_cannot_be_done_is_refused(write_run: WriteRun, tmp_path: Path) -> None:
