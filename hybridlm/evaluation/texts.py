@@ -38,7 +38,15 @@ class Text:
 
 
 def data_from_spec(data: config.Data, spec: str) -> config.Data:
-    """The text that `--data` names: `python-stdlib`, prepared data, a .jsonl file (or .jsonl.gz), or text files."""
+    """The text that `--data` names: `python-stdlib`, prepared data, a .jsonl file (or .jsonl.gz), or text files.
+
+    Raises ConfigError where only `hybridlm prepare` can read it.
+    """
+    if spec.startswith("tfds:") or spec.endswith(".parquet"):
+        raise ConfigError(
+            f"--data {spec}",
+            f": is prepared first; write shards with `hybridlm prepare {spec}` and give --data their directory",
+        )
     alone = replace(data, mixture=(), stages=(), source="python-stdlib", path=None)
     if spec == "python-stdlib":
         return alone

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from hybridlm.evaluation.scoring import Scorer, open_run
 from hybridlm.evaluation.text_losses import text_losses
 from hybridlm.evaluation.texts import Text, data_from_spec, read_texts, sentences
 from hybridlm.evaluation.windows import Mode
+from hybridlm.model import build
 from tests.evaluation.oracle import Oracle
 
 DOCUMENTS = ["the cat sat. é a dog ran, and one bird sang. the", "a dog", "one bird sang. " * 3]
@@ -100,6 +102,19 @@ def test_positions_are_those_of_windows_or_of_documents(scorer: Scorer) -> None:
     assert not carried[0].begin.any()
 
 
+def test_what_carried_windows_keep_is_as_large_for_any_length(tiny_config: Config) -> None:
+    """Without full attention, which is the pattern's third block."""
+    model = replace(tiny_config.model, num_layers=2, pattern=tiny_config.model.pattern[:2])
+    init, bind = build(model, tiny_config.kernels)
+    params = jax.eval_shape(lambda: init(jax.random.key(0)))
+
+    def kept(length: int) -> list[tuple[int, ...]]:
+        state = jax.eval_shape(lambda params: bind(params).init_state(1, length), params)
+        return [x.shape for x in jax.tree.leaves(state)]
+
+    assert kept(2**20) == kept(WINDOW)
+
+
 def text_of(length: int) -> Text:
     """A document of so many targets."""
     return Text("a", "a", np.arange(length + 1, dtype=np.int32) % 7 + 97, length, 1)
@@ -151,6 +166,19 @@ def test_sentences_lose_nothing() -> None:
 )
 def test_wrong_words(invoke: Callable, run: Path, lines: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
     invoke("eval", run, "--data", lines, *words).assert_refused(*parts)
+
+
+@pytest.mark.parametrize("spec", ["tfds:lm1b", "texts.parquet"])
+def test_what_is_prepared_first_is_named(invoke: Callable, run: Path, spec: str) -> None:
+    refused = invoke("eval", run, "--data", spec)
+    refused.assert_refused(f"--data {spec}: is prepared first; write shards with `hybridlm prepare {spec}`")
+
+
+def test_strides_are_refused_before_a_checkpoint_is_read(invoke: Callable, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    words = ("--windows", "sliding", "--stride")
+    invoke("eval", tmp_path, *words, 0).assert_refused("--stride=0: must be at least 1 and below --context=32")
+    invoke("eval", tmp_path, *words, 8).assert_refused("holds no complete checkpoint; train first")
 
 
 def test_the_command_prints_tables_and_keeps_numbers(invoke: Callable, run: Path, lines: Path, tmp_path: Path) -> None:
