@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose parameters it begins with; a Hugging Face directory is imported to DIR.pretrained first",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the new run")
+    add_adapter_arguments(parser)
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--lora` and `--dora`."""
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, and nothing else")
     parser.add_argument("--dora", action="store_true", help="with --lora: train norms and directions apart")
 
@@ -53,9 +58,12 @@ def imported(published: Path, out: Path, overrides: list[str]) -> Path:
 def config_of(args: argparse.Namespace, source: Path) -> Config:
     """The named config, or that of the run `source`, with what `--lora` and `--dora` say."""
     if args.config is not None:
-        config = config_io.load_config(args.config)
-    else:
-        config = replace(config_io.load_run_config(source), finetune=Finetune())
+        return with_adapters(config_io.load_config(args.config), args)
+    return with_adapters(replace(config_io.load_run_config(source), finetune=Finetune()), args)
+
+
+def with_adapters(config: Config, args: argparse.Namespace) -> Config:
+    """`config` with what `--lora` and `--dora` say."""
     if args.lora is None:
         if args.dora:
             raise ConfigError("--dora", ": is a kind of --lora; give that as well, as in --lora 8 --dora")

@@ -1,9 +1,12 @@
 """`hybridlm linearize`: its options, and what it does."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from hybridlm import config_io
+from hybridlm.cli.finetune import add_adapter_arguments, with_adapters
+from hybridlm.config import Finetune
 
 MIXERS = ("gla", "simple_gla", "gated_deltanet")
 
@@ -26,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-every", type=int, metavar="K", help="leave every K-th of these attention layers alone")
     parser.add_argument("--distill", action="store_true", help="make RUN the teacher of the new run")
+    add_adapter_arguments(parser)
 
 
 def linearize(args: argparse.Namespace, overrides: list[str]) -> int:
-    config = config_io.override(config_io.load_run_config(args.run), overrides)
+    config = replace(config_io.load_run_config(args.run), finetune=Finetune())
+    config = config_io.override(with_adapters(config, args), overrides)
 
     from hybridlm.train.derived import linearize_run
 

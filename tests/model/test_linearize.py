@@ -21,9 +21,11 @@ from hybridlm.config import (
     Cosine,
     Distill,
     Eval,
+    Finetune,
     GeGLU,
     Kernels,
     Liger,
+    LoRA,
     Model,
 )
 from hybridlm.config_check import ConfigError
@@ -139,6 +141,30 @@ def test_the_run_may_be_the_teacher_of_the_new_one(invoke: Invoke, run: Path, tm
     made = config_io.load_run_config(tmp_path / "new")
     assert made.distill == Distill(teacher=str(run), teacher_step=40)
     assert [type(block.mixer) for block in made.model.blocks()] == [Liger, Attention]
+
+
+@pytest.mark.slow
+def test_adapters_recover_what_linearisation_lost(invoke: Invoke, run: Path, tmp_path: Path) -> None:
+    out, targets = tmp_path / "liger", '--finetune.lora.targets=["*.mixer.w_[qkv]"]'
+    result = invoke("linearize", run, "--out", out, "--window", 4, "--distill", "--lora", 2, targets)
+    assert result.code == 0, result.err
+    before, _ = read_params(out, config_io.load_run_config(out))
+    assert invoke("train", out / "config.json", "--out", out).code == 0
+    divergences = [json.loads(line)["divergence"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(divergences[-5:]) < 0.8 * np.mean(divergences[:5])
+    after, _ = read_params(out, config_io.load_run_config(out))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    changed = {str(path[-1].key) for (path, x), y in pairs if not np.array_equal(x, y)}
+    assert changed == {"w_q", "w_k", "w_v"}
+
+
+def test_a_linearised_run_trains_the_adapters_that_are_asked_for(invoke: Invoke, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    result = invoke("linearize", run, "--out", out, "--window", 4, "--lora", 2, "--dora")
+    assert result.code == 0, result.err
+    assert config_io.load_run_config(out).finetune == Finetune(lora=LoRA(rank=2, dora=True))
+    before, after = (read_params(directory, config_io.load_run_config(directory))[0] for directory in (run, out))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), before, after)  # DoRA's norms are rounded
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(invoke: Invoke, run: Path, tmp_path: Path) -> None:
