@@ -37,7 +37,7 @@ class Buffer:
     """As it lies in memory: a TPU pads the last two dimensions to its tiles, often 8 x 128."""
     shape: str
     kind: str
-    """`parameter`, `optimizer`, `batch`, `activation` or `temporary`."""
+    """`parameter`, `optimizer`, `batch`, `teacher`, `activation` or `temporary`."""
     op_name: str
     """JAX's name of what fills it, or of what reads it where the compiler fills it."""
     source: str
@@ -57,6 +57,8 @@ class Memory:
     code: int
     total: int
     largest: tuple[Buffer, ...]
+    teacher: int = 0
+    """Parameters that a student learns from."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +70,33 @@ class Overflow:
     largest: tuple[Buffer, ...]
 
 
-def memory(dump: Dump, program: Program, state: Any, batch: Any) -> Memory:
-    """Of a step `(state, batch) -> ...`, both given as pytrees of abstract arrays with their shardings; `state.params`
-    are the parameters. Where the program did not fit, of the step as it would be, without its code."""
+def memory(dump: Dump, program: Program, state: Any, batch: Any, teacher: Any = None) -> Memory:
+    """Of a step `(state, batch, teacher) -> ...`, given as pytrees of abstract arrays with their shardings;
+    `state.params` are the parameters. Where the program did not fit, of the step as it would be, without its code."""
     found = allocations(dump)
     analysis = dump.compiled.memory_analysis() if dump.compiled else None
     code = analysis.generated_code_size_in_bytes if analysis else 0
     total = sum(allocation.bytes for allocation in found) + code
-    parameters, given, of_batch = map(bytes_per_device, (state.params, state, batch))
-    buffers = buffers_at_peak(dump, program, state, batch)
+    parameters, given, of_batch, of_teacher = map(bytes_per_device, (state.params, state, batch, teacher))
+    buffers = buffers_at_peak(dump, program, state, batch, teacher)
     activations = sum(buffer.bytes for buffer in buffers if buffer.kind == "activation")
     return Memory(
         parameters=parameters,
         optimizer=given - parameters,
         batch=of_batch,
         activations=activations,
-        temporaries=total - given - of_batch - activations - code,
+        temporaries=total - given - of_batch - of_teacher - activations - code,
         code=code,
         total=total,
         largest=buffers[:NUM_LARGEST],
+        teacher=of_teacher,
     )
 
 
-def overflow(dump: Dump, program: Program, state: Any, batch: Any) -> Overflow:
+def overflow(dump: Dump, program: Program, state: Any, batch: Any, teacher: Any = None) -> Overflow:
     """What the compiler's refusal of this step says, with the largest buffers that it would have had at its peak."""
     needed, available = read_refusal(dump.out_of_memory)
-    return Overflow(needed, available, buffers_at_peak(dump, program, state, batch)[:NUM_LARGEST])
+    return Overflow(needed, available, buffers_at_peak(dump, program, state, batch, teacher)[:NUM_LARGEST])
 
 
 def read_refusal(text: str) -> tuple[int, int]:
@@ -106,13 +109,13 @@ def read_refusal(text: str) -> tuple[int, int]:
     return needed, available
 
 
-def buffers_at_peak(dump: Dump, program: Program, state: Any, batch: Any) -> tuple[Buffer, ...]:
+def buffers_at_peak(dump: Dump, program: Program, state: Any, batch: Any, teacher: Any = None) -> tuple[Buffer, ...]:
     """All that are in use at the peak, arguments among them, the largest first."""
     found = allocations(dump)
     arguments = [allocation for allocation in found if allocation.parameter is not None]
     made = [allocation for allocation in found if allocation.parameter is None]
     reader = _Reader(program, schedule(dump))
-    buffers = reader.arguments(arguments, _kinds(state, batch)) + reader.at_peak(made)
+    buffers = reader.arguments(arguments, _kinds(state, batch, teacher)) + reader.at_peak(made)
     return tuple(sorted(buffers, key=lambda buffer: -buffer.bytes))
 
 
@@ -226,9 +229,13 @@ def _is_backward(op_name: str) -> bool:
     return "transpose(" in op_name
 
 
-def _kinds(state: Any, batch: Any) -> dict[str, str]:
+def _kinds(state: Any, batch: Any, teacher: Any) -> dict[str, str]:
     """Of each argument, by its path."""
-    kinds = {jax.tree_util.keystr(path): "batch" for path, _ in jax.tree.leaves_with_path(batch)}
+    kinds = {
+        jax.tree_util.keystr(path): kind
+        for kind, tree in (("batch", batch), ("teacher", teacher))
+        for path, _ in jax.tree.leaves_with_path(tree)
+    }
     for path, _ in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path)
         kinds[name] = "parameter" if name.startswith(".params") else "optimizer"

@@ -3,13 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hybridlm.flops import training_flops
 from hybridlm.plan.chips import HARDWARE
 from hybridlm.plan.collectives import Collective, collectives
 from hybridlm.plan.compile import CompiledStep
 from hybridlm.plan.costs import Cost, costs, kernels_without_flops
 from hybridlm.plan.memory import Memory, memory, overflow
 from hybridlm.plan.roofline import Estimate, estimate
+from hybridlm.train.teacher import step_flops
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Report:
     """None where nobody tells."""
     memory: Memory
     model_flops: float
-    """Of the model, for one step of all devices, without what rematerialisation repeats."""
+    """Of the model, and of a teacher, for one step of all devices, without what rematerialisation repeats."""
     costs: dict[str, Cost]
     unknown_kernels: tuple[str, ...]
     """Those whose FLOPs are not among the costs."""
@@ -61,14 +61,15 @@ def make_report(compiled: CompiledStep) -> Report:
     """Read everything from the program that the compiler made."""
     config, topology, step = compiled.config, compiled.topology, compiled.step
     program, dump = compiled.program, compiled.dump
-    held = memory(dump, program, step.state, step.batch)
+    arguments = (step.state, step.batch, *step.frozen)
+    held = memory(dump, program, *arguments)
     needed, available = held.total, topology.memory
     if dump.out_of_memory:
-        refused = overflow(dump, program, step.state, step.batch)
+        refused = overflow(dump, program, *arguments)
         needed, available = refused.needed, refused.available
     spent, exchanged = costs(program), tuple(collectives(program, compiled.mesh))
     tokens = config.train.batch_size * config.data.seq_len
-    model_flops = float(training_flops(config.model, config.data.seq_len) * tokens)
+    model_flops = float(step_flops(config) * tokens)
     hardware = HARDWARE[topology.kind]
     return Report(
         topology=topology.name,

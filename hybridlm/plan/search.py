@@ -15,7 +15,6 @@ import jax
 
 from hybridlm.config import Config, Mesh, MoE
 from hybridlm.config_check import ConfigError
-from hybridlm.flops import training_flops
 from hybridlm.model import build
 from hybridlm.plan.chips import HARDWARE, Hardware
 from hybridlm.plan.compile import compile_step, mesh_on
@@ -26,6 +25,7 @@ from hybridlm.sharding import check_batch
 from hybridlm.train.capacity import bytes_per_device
 from hybridlm.train.mesh_choice import divisors
 from hybridlm.train.program import step_program
+from hybridlm.train.teacher import step_flops
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 MICROBATCHES = (1, 2, 4, 8)
@@ -66,7 +66,7 @@ class Sizes:
 
     parameters: int
     flops: float
-    """Of a token, forward and backward."""
+    """Of a token, forward and backward, with a teacher's."""
 
     @property
     def state_bytes(self) -> int:
@@ -153,7 +153,7 @@ def sizes_of(config: Config) -> Sizes:
     init, _ = build(config.model, config.kernels)
     params = jax.eval_shape(lambda: init(jax.random.key(0)))
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    return Sizes(parameters, training_flops(config.model, config.data.seq_len))
+    return Sizes(parameters, step_flops(config))
 
 
 def estimated(
@@ -219,6 +219,7 @@ def _state_bytes(config: Config, topology: Topology) -> float:
     try:
         mesh = mesh_on(config, topology)
         with jax.set_mesh(mesh):
-            return bytes_per_device(step_program(config, mesh).state)
+            program = step_program(config, mesh)
+            return bytes_per_device((program.state, program.frozen))
     except ConfigError:
         return math.inf

@@ -86,7 +86,8 @@ def _memory(report: Report) -> str:
     held = report.memory
     size, prefix = unit_of(held.total, "KMGT", 1024)
     unit = f"{prefix}iB" if prefix else "bytes"
-    kinds = ("parameters", "optimizer", "batch", "activations", "temporaries", "code", "total")
+    of_teacher = ("teacher",) if held.teacher else ()
+    kinds = ("parameters", "optimizer", "batch", *of_teacher, "activations", "temporaries", "code", "total")
     rows = [(kind, f"{getattr(held, kind) / size:.3f}") for kind in kinds]
     buffers = [_buffer(buffer, size) for buffer in held.largest[:NUM_BUFFERS]]
     return "\n".join(

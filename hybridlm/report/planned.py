@@ -9,7 +9,7 @@ from hybridlm.report.numbers import duration, is_number, num_bytes, number, perc
 from hybridlm.report.runs import Run
 from hybridlm.report.series import series_of
 
-KINDS = ("parameters", "optimizer", "batch", "activations", "temporaries", "code")
+KINDS = ("parameters", "optimizer", "batch", "teacher", "activations", "temporaries", "code")
 """Of a device's memory at the peak of a step."""
 
 
@@ -29,7 +29,8 @@ def planned(run: Run, anchor: str) -> Markup:
 
 
 def _memory(plan: Mapping[str, Any]) -> Markup:
-    held = {kind: plan["memory"].get(kind) or 0 for kind in KINDS}
+    sizes = {kind: plan["memory"].get(kind) or 0 for kind in KINDS}
+    held = {kind: size for kind, size in sizes.items() if size or kind != "teacher"}
     texts = {kind: num_bytes(size) for kind, size in held.items()}
     return shares("Memory of a device at the peak", held, texts, ("kind", "size", "share"))
 

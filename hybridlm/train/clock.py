@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from hybridlm.config import Config
-from hybridlm.flops import peak_flops, training_flops
-from hybridlm.train.teacher import distillation_flops
+from hybridlm.flops import peak_flops
+from hybridlm.train.teacher import step_flops
 
 
 class StepClock:
@@ -19,8 +19,7 @@ class StepClock:
     def __init__(self, config: Config, first_step: int):
         devices = jax.devices()
         self._tokens_per_step = config.train.batch_size * config.data.seq_len
-        flops = training_flops(config.model, config.data.seq_len) + distillation_flops(config)
-        self._ideal_seconds = flops * self._tokens_per_step / (peak_flops(devices[0]) * len(devices))
+        self._ideal_seconds = step_flops(config) * self._tokens_per_step / (peak_flops(devices[0]) * len(devices))
         self._in_flight: collections.deque[Any] = collections.deque()
         self._step, self._mark, self._idle = first_step, time.monotonic(), 0.0
 

@@ -10,7 +10,7 @@ from hybridlm import config_io
 from hybridlm.config import Config, Distill
 from hybridlm.config_check import ConfigError
 from hybridlm.data.tokenizers import load_tokenizer
-from hybridlm.flops import forward_flops
+from hybridlm.flops import forward_flops, training_flops
 from hybridlm.model import Params, build
 from hybridlm.train.checkpoint import Checkpoints, abstract_state
 from hybridlm.train.distill import Distillation
@@ -78,7 +78,8 @@ def _check_tokens(config: Config, teacher: Config) -> None:
 def find_teacher(config: Config, mesh: jax.sharding.Mesh) -> Teacher | None:
     """The teacher of `config` on `mesh`, which is in scope; None where it has none.
 
-    Raises ConfigError where batches are sampled and the mesh cuts their time.
+    Raises ConfigError where there is no such teacher, it reads other tokens than the student, or batches are sampled
+    and the mesh cuts their time.
     """
     cfg = config.distill
     if cfg is None:
@@ -88,6 +89,7 @@ def find_teacher(config: Config, mesh: jax.sharding.Mesh) -> Teacher | None:
             "distill.on_policy", f"={cfg.on_policy}: sampling needs whole sequences; set sharding.mesh.context=1"
         )
     teacher, tokenizer = teacher_config(config, cfg), load_tokenizer(config.data.tokenizer)
+    _check_tokens(config, teacher)
     init, bind = build(teacher.model, config.kernels)
     distillation = Distillation(cfg, bind, tokenizer.vocab_size, tokenizer.end_id, config.train.seed)
     return Teacher(distillation, abstract_state(lambda: init(jax.random.key(0)), mesh))
@@ -102,9 +104,13 @@ def read_teacher(config: Config, params: Any) -> Params:
         return checkpoints.restore_params(params, config.distill.teacher_step)
 
 
-def distillation_flops(config: Config) -> int:
-    """FLOPs per token beside training the student: the teacher's forward pass, and the student's where it samples."""
+def step_flops(config: Config) -> int:
+    """FLOPs per token of training, as `training_flops` counts them; of distillation with the teacher's forward pass,
+    and the student's for the share of steps where it samples."""
+    length = config.data.seq_len
+    flops = training_flops(config.model, length)
     if config.distill is None:
-        return 0
-    teacher, length = teacher_config(config, config.distill), config.data.seq_len
-    return forward_flops(teacher.model, length) + round(config.distill.on_policy * forward_flops(config.model, length))
+        return flops
+    teacher = teacher_config(config, config.distill)
+    sampling = round(config.distill.on_policy * forward_flops(config.model, length))
+    return flops + forward_flops(teacher.model, length) + sampling

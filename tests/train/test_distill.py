@@ -30,6 +30,7 @@ from hybridlm.config import (
     Train,
 )
 from hybridlm.config_check import ConfigError
+from hybridlm.flops import forward_flops
 from hybridlm.generate import Sampler
 from hybridlm.model import build
 from hybridlm.sharding import make_mesh, spec
@@ -283,12 +284,37 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert not out.exists()
 
 
-def test_plans_and_cut_sequences_are_refused(student: Config, tmp_path: Path) -> None:
+def test_a_plan_holds_the_teacher_and_counts_its_work(student: Config, trained_run: Path) -> None:
+    from hybridlm.plan.compile import compile_step
+    from hybridlm.plan.report import make_report
+    from hybridlm.plan.text import describe
+    from hybridlm.plan.topology import topology
+
+    planned = compile_step(replace(student, distill=Distill(teacher=str(trained_run))), topology("cpu:1"))
+    teacher, _ = read_params(trained_run, config_io.load_run_config(trained_run))
+    report = make_report(planned)
+    assert report.memory.teacher == sum(x.nbytes for x in jax.tree.leaves(teacher))
+    assert report.model_flops == distilled_flops(student, trained_run)
+    assert "  teacher  " in describe("student", report)
+
+
+def distilled_flops(student: Config, trained_run: Path) -> int:
+    """Of a step: three times the student's forward pass, and the teacher's once."""
+    model, length = config_io.load_run_config(trained_run).model, student.data.seq_len
+    per_token = 3 * forward_flops(student.model, length) + forward_flops(model, length)
+    return per_token * length * student.train.batch_size
+
+
+def test_a_plan_is_refused_where_training_would_be(student: Config) -> None:
     from hybridlm.plan.compile import compile_step
     from hybridlm.plan.topology import topology
 
-    with pytest.raises(ConfigError, match="distill: a step with a teacher cannot be planned"):
-        compile_step(student, topology("cpu:1"))
+    other = replace(student, model=replace(student.model, vocab_size=300))
+    with pytest.raises(ConfigError, match="model.vocab_size=300: the teacher has 264"):
+        compile_step(other, topology("cpu:1"))
+
+
+def test_cut_sequences_are_refused(student: Config, tmp_path: Path) -> None:
     cut = replace(student, sharding=replace(student.sharding, mesh=Mesh(data=1, context=8)))
     with pytest.raises(ConfigError, match=r"distill.on_policy=0.3: sampling needs whole sequences"):
         train(cut, tmp_path / "run")
