@@ -31,8 +31,10 @@ class Chat(Node):
     """What happens to conversations that are longer than `seq_len`."""
 
     def check(self) -> None:
-        if (self.template == "custom") != (self.turn is not None):
-            raise ConfigError("turn", f"={self.turn!r}: is given with template=custom, and only there")
+        if self.template == "custom" and self.turn is None:
+            raise ConfigError("turn", ": is required by template=custom, such as '<{role}>{content}</{role}>'")
+        if self.template != "custom" and self.turn is not None:
+            raise ConfigError("turn", f"={self.turn!r}: is of template=custom, and this is {self.template}")
         if self.turn is not None and any(self.turn.count(name) != 1 for name in ("{role}", "{content}")):
             raise ConfigError("turn", f"={self.turn!r}: must hold {{role}} and {{content}} once each")
         if self.turn is not None and self.turn.index("{role}") > self.turn.index("{content}"):

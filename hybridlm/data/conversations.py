@@ -3,7 +3,9 @@
 A line is `{"messages": [{"role": ..., "content": ...}, ...]}` or `{"prompt": ..., "response": ...}`.
 """
 
+import gzip
 import json
+import zlib
 from typing import Any, NamedTuple
 
 from hybridlm import config
@@ -18,17 +20,33 @@ class Message(NamedTuple):
     content: str
 
 
-def read_conversations(data: config.Data) -> list[Document]:
+def read_conversations(data: config.Data, *, whole: bool) -> list[Document]:
     """All conversations below `data.path`, each the JSON of its messages, in order of file, then line.
 
-    Raises ConfigError that names the file and the line where one is no conversation, or there are fewer than two: one
-    at least is held out.
+    Raises ConfigError that names the file and the line where one is no conversation, or there is none, or unless the
+    `whole` is held out, only one.
     """
     files = json_lines_files(data)
     found = [one for name, path in files for one in json_lines_of(name, path, data, read=conversation_of)]
-    if len(found) < 2:
-        refuse(data, f"holds {len(found)} conversations; there must be two, one of them to hold out")
+    if not found:
+        refuse(data, "holds no conversation; give a file with some")
+    if not whole and len(found) < 2:
+        refuse(data, "holds one conversation; there must be two, one of them to hold out")
     return found
+
+
+def begins_with_conversation(data: config.Data) -> bool:
+    """Whether the first line at `data.path` is a conversation, and no text by `data.text_key`."""
+    _, path = json_lines_files(data)[0]
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            first = next((line for line in lines if line.strip()), b"")
+        record = json.loads(first.decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        return False  # as its reader tells
+    if not isinstance(record, dict) or data.text_key in record:
+        return False
+    return "messages" in record or {"prompt", "response"} <= record.keys()
 
 
 def messages_of(document: Document) -> list[Message]:

@@ -202,7 +202,9 @@ def _load_part(part: config.Part, data: config.Data, tokenizer: Tokenizer, whole
 
 
 def _conversations(part: config.Part, data: config.Data, tokenizer: Tokenizer, whole: bool) -> Part:
-    documents = read_conversations(replace(data, source=part.source, path=part.path, mixture=(), stages=()))
+    documents = read_conversations(
+        replace(data, source=part.source, path=part.path, mixture=(), stages=()), whole=whole
+    )
     train, validation = ([], documents) if whole else split_documents(documents, data.validation_fraction)
     made = [
         tokenize_conversations(of_side, tokenizer, data.chat, data.seq_len)

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from hybridlm import config
 from hybridlm.config_check import ConfigError, suggestion
 from hybridlm.config_data import TextSource
+from hybridlm.data.conversations import begins_with_conversation
 from hybridlm.data.corpus import text_of
 from hybridlm.data.packing import Stream
 from hybridlm.data.sources import Document, json_lines_files, read_documents, split_documents
@@ -38,7 +39,9 @@ class Text:
 
 
 def data_from_spec(data: config.Data, spec: str) -> config.Data:
-    """The text that `--data` names: `python-stdlib`, prepared data, a .jsonl file (or .jsonl.gz), or text files.
+    """The text that `--data` names: `python-stdlib`, prepared data, text files, or a .jsonl file (or .jsonl.gz).
+
+    JSON lines may be texts, or conversations that the template of `data` makes texts of.
 
     Raises ConfigError where only `hybridlm prepare` can read it.
     """
@@ -52,8 +55,10 @@ def data_from_spec(data: config.Data, spec: str) -> config.Data:
         return alone
     if (Path(spec).expanduser() / "manifest.json").is_file():
         return replace(alone, source="prepared", path=spec)
-    source = "jsonl" if spec.endswith((".jsonl", ".jsonl.gz")) else "text"
-    return replace(alone, source=source, path=spec)
+    if not spec.endswith((".jsonl", ".jsonl.gz")):
+        return replace(alone, source="text", path=spec)
+    lines = replace(alone, source="jsonl", path=spec)
+    return replace(lines, source="chat") if begins_with_conversation(lines) else lines
 
 
 def read_texts(data: config.Data, tokenizer: Tokenizer, *, whole: bool, domain_field: str | None = None) -> list[Text]:
@@ -77,6 +82,12 @@ def read_texts(data: config.Data, tokenizer: Tokenizer, *, whole: bool, domain_f
                 )
             texts += _prepared(source, tokenizer, whole, prefix)
             continue
+        if source.source == "chat":
+            raise ConfigError(
+                "data.source",
+                "=chat: losses of conversations are those of answers in packed windows; of the options leave only "
+                "--data, --context and --json",
+            )
         documents = read_documents(alone)
         if not whole:
             _, documents = split_documents(documents, data.validation_fraction)

@@ -10,7 +10,9 @@ from hybridlm.config import Chat, Data
 from hybridlm.config_check import ConfigError
 from hybridlm.data.chat import render, template_of
 from hybridlm.data.conversations import Message
-from hybridlm.data.corpus import load_corpus
+from hybridlm.data.corpus import load_corpus, load_whole
+from hybridlm.data.tokenizers import load_tokenizer
+from hybridlm.evaluation.texts import data_from_spec, read_texts
 
 Write = Callable[..., Path]
 MESSAGES = [
@@ -60,6 +62,13 @@ def test_templates_are_these_strings(chat: Chat, expected: str) -> None:
     pieces = render(MESSAGES, template_of(chat))
     text = "".join(f"[{piece.text}]" if piece.is_answer else piece.text for piece in pieces)
     assert text.replace("][", "") == expected
+
+
+def test_a_turn_and_the_custom_template_need_each_other() -> None:
+    with pytest.raises(ConfigError, match="turn: is required by template=custom"):
+        Chat(template="custom")
+    with pytest.raises(ConfigError, match="is of template=custom, and this is chatml"):
+        Chat(turn="{role}: {content}")
 
 
 def chat_data(path: Path, seq_len: int = 64, **chat: str) -> Data:
@@ -115,6 +124,16 @@ def test_long_conversations_are_cut_or_dropped_and_counted(write_lines: Write) -
     texts = [shown(source[i]) for i in range(len(source))] + [shown(corpus.validation[0])]
     assert any(text.startswith("user: a\nassistant: BBBBBBBBBBBB|") for text in texts)
     assert "0 truncated and 2 dropped" in load_corpus(chat_data(path, seq_len=32, too_long="drop")).description
+
+
+def test_evaluation_reads_conversations_in_the_runs_template_and_counts_answers(write_lines: Write) -> None:
+    path = write_lines({"prompt": "a", "response": "yes"})
+    data = data_from_spec(chat_data(path), str(path))
+    assert shown(load_whole(data).validation[0]) == "user: a\nassistant: YES\n!"
+    with pytest.raises(ConfigError, match=r"data\.source=chat: .* packed windows"):
+        read_texts(data, load_tokenizer("byte"), whole=True)
+    for line in ({"text": "a", "messages": []}, "{"):
+        assert data_from_spec(data, str(write_lines(line))).source == "jsonl"
 
 
 @pytest.mark.parametrize(
