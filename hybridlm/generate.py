@@ -204,4 +204,4 @@ def generate(
 
 def beginning(tokenizer: Tokenizer, text: bytes) -> Int[np.ndarray, " t"]:
     """Tokens of a document that begins with `text`."""
-    return np.concatenate([[tokenizer.end_id], tokenizer.encode(text)]).astype(np.int32)
+    return np.concatenate([[tokenizer.begin_id], tokenizer.encode(text)]).astype(np.int32)

@@ -36,6 +36,13 @@ def padded_logits(model: Model, ids: list[int]) -> np.ndarray:
     return np.asarray(logits[0, len(ids) - 1])
 
 
+def test_a_prompt_begins_with_what_its_tokenizer_puts_before_text() -> None:
+    class Llamas(ByteTokenizer):
+        begin_id = 7
+
+    assert beginning(Llamas(), b"ab").tolist() == [7, 97, 98]
+
+
 def test_load_gives_the_model_the_tokenizer_and_the_config(loaded: Any, tiny_config: Config) -> None:
     model, tokenizer, config = loaded
     assert config == tiny_config

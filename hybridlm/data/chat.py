@@ -104,12 +104,14 @@ def tokenize_conversations(
     No conversation has more than `seq_len` predictions: longer ones lose their ends, and count as dropped where no
     answer is left, or always are with `too_long=drop`. Raises ConfigError where none is left.
     """
-    template, end = template_of(chat), tokenizer.end_id
+    template, end, begin = template_of(chat), tokenizer.end_id, tokenizer.begin_id
     tokens, num_bytes, weights, starts = [], [], [], []
     position, end_weight, num_truncated, num_dropped = 0, 0, 0, 0
     for document in documents:
         messages = messages_of(document)
         ids, lengths, counted = _encode(render(messages, template), tokenizer)
+        if begin != end and ids[0] == begin:  # every document's first input
+            ids, lengths, counted = ids[1:], lengths[1:], counted[1:]
         ends_in_answer = messages[-1].role == ANSWERS
         if len(ids) >= seq_len:
             ids, lengths, counted = (x[: seq_len - 1] for x in (ids, lengths, counted))

@@ -113,7 +113,7 @@ def load_whole(data: config.Data) -> Corpus:
 
 
 def _corpus(data: config.Data, tokenizer: Tokenizer, parts: Sequence[Part], train: Mixture) -> Corpus:
-    held_out = [_held_out(stream, part, data) for part in parts for stream in part.validation]
+    held_out = [_held_out(stream, part, data, tokenizer) for part in parts for stream in part.validation]
     validation = held_out[0] if len(held_out) == 1 else JoinedWindows(held_out)
     if not len(validation):
         raise ConfigError("data", ": no text is held out; prepare it with some validation documents")
@@ -128,9 +128,9 @@ def _corpus(data: config.Data, tokenizer: Tokenizer, parts: Sequence[Part], trai
     )
 
 
-def _held_out(stream: Stream, part: Part, data: config.Data) -> Windows:
+def _held_out(stream: Stream, part: Part, data: config.Data, tokenizer: Tokenizer) -> Windows:
     layout = first_fit(stream, data.seq_len) if part.is_conversations else None
-    return Windows(stream, data.seq_len, layout)
+    return Windows(stream, data.seq_len, layout, tokenizer.begin_id)
 
 
 def _stages(data: config.Data) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -154,12 +154,14 @@ def _stages(data: config.Data) -> tuple[tuple[int, tuple[int, ...]], ...]:
 def _source(part: Part, data: config.Data, tokenizer: Tokenizer) -> Source:
     [stream] = part.train
     layout = first_fit(stream, data.seq_len) if part.packing == "first-fit" else None
-    return Source(part.name, Windows(stream, data.seq_len, layout), _identity(part, data, tokenizer))
+    windows = Windows(stream, data.seq_len, layout, tokenizer.begin_id)
+    return Source(part.name, windows, _identity(part, data, tokenizer))
 
 
 def _identity(part: Part, data: config.Data, tokenizer: Tokenizer) -> str:
     """Hash of all that the windows of `part` depend on."""
-    fields = (tokenizer.fingerprint, str(tokenizer.end_id), str(data.seq_len), part.packing, *part.content)
+    begin = () if tokenizer.begin_id == tokenizer.end_id else (str(tokenizer.begin_id),)
+    fields = (tokenizer.fingerprint, str(tokenizer.end_id), *begin, str(data.seq_len), part.packing, *part.content)
     return hashlib.sha256("\n".join(fields).encode()).hexdigest()
 
 

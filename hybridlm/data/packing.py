@@ -1,7 +1,8 @@
 """Documents to windows of one length. Letters: n stream, d documents, t time.
 
-The stream is, for every document, one `end_id` and then its tokens; one more `end_id` closes it. So `end_id` begins
-each document as an input, which makes its first token a prediction too, and ends it as a target. However windows are
+The stream is, for every document, one `end_id` and then its tokens; one more `end_id` closes it. So `end_id` ends each
+document as a target. As an input, `begin_id` takes its place, which is the same token for many tokenizers, and makes a
+document's first token a prediction too. However windows are
 laid out over the stream, within an epoch every token of text is a target exactly once, and so is the end of every
 document.
 """
@@ -162,11 +163,12 @@ class Windows:
     What a window lacks is padded, nothing is dropped. Nothing is copied until a window is asked for.
     """
 
-    def __init__(self, stream: Stream, seq_len: int, layout: Layout | None = None):
-        """`layout` is `Consecutive` where it is absent."""
+    def __init__(self, stream: Stream, seq_len: int, layout: Layout | None = None, begin_id: int | None = None):
+        """`layout` is `Consecutive` where it is absent, and `begin_id`, the first input of documents, `end_id`."""
         self.stream = stream
         self.seq_len = seq_len
         self.layout: Layout = Consecutive(stream.num_targets, seq_len) if layout is None else layout
+        self.begin_id = stream.end_id if begin_id is None else begin_id
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -197,8 +199,10 @@ class Windows:
             window["targets"][at:after] = tokens[1:]
             window["target_bytes"][at:after] = num_bytes[1:]
             window["loss_weight"][at:after] = self.stream.loss_weights(begin + 1, end + 1)
+            starts = at + starts[starts < end - begin]
+            window["tokens"][starts] = self.begin_id
             new_document[at] = 1
-            new_document[at + starts[starts < end - begin]] = 1
+            new_document[starts] = 1
             at = after
         time = np.arange(at, dtype=np.int32)
         window["segment_ids"][:at] = np.cumsum(new_document[:at])

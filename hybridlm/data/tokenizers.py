@@ -26,7 +26,9 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end_id: int
-    """Stands between documents: the last target of one, and the first input of the next."""
+    """Stands between documents: the last target of one."""
+    begin_id: int
+    """The first input of a document: what its model's own tokenizer puts before text, such as `<s>`, else `end_id`."""
     name: str
     fingerprint: str
     """`byte`, or the SHA-256 of the tokenizer file."""
@@ -54,7 +56,7 @@ class ByteTokenizer:
     """One token per byte, lossless for any bytes; id 256 is the end of a document."""
 
     vocab_size = 257
-    end_id = 256
+    end_id = begin_id = 256
     name = "byte"
     fingerprint = "byte"
     version = "1"
@@ -78,7 +80,8 @@ class ByteTokenizer:
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` file. Its end token is tokenizer_config.json's `eos_token` if that file lies beside it, else
-    the first of `END_TOKENS` that it knows, else one more id after its vocabulary."""
+    the first of `END_TOKENS` that it knows, else one more id after its vocabulary. Documents begin with what the file's
+    post-processor puts before text, as in transformers 5, which heeds no `add_bos_token` beside a tokenizer.json."""
 
     def __init__(self, path: Path, contents: bytes):
         tokenizers = _import("tokenizers")
@@ -90,6 +93,7 @@ class HuggingFaceTokenizer:
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True
+        put_before = _put_before_text(inner)
         # Instead of the file's own, which only adds special tokens and trims spaces off the offsets we count bytes by.
         inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         self._inner: Any = inner
@@ -101,6 +105,7 @@ class HuggingFaceTokenizer:
         known = (inner.token_to_id(token) for token in candidates if token is not None)
         self.end_id: int = next((i for i in known if i is not None), num_known)
         self.vocab_size: int = max(num_known, self.end_id + 1)
+        self.begin_id: int = self.end_id if put_before is None else put_before
         added = inner.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
 
@@ -120,7 +125,8 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece `.model` file. The end token is its `eos`, or one more id after its vocabulary if it has none."""
+    """A SentencePiece `.model` file. The end token is its `eos`, or one more id after its vocabulary if it has none.
+    Documents begin with its `bos` where `add_bos_token` is true in the tokenizer_config.json beside it."""
 
     def __init__(self, path: Path, contents: bytes):
         sentencepiece = _import("sentencepiece")
@@ -134,6 +140,8 @@ class SentencePieceTokenizer:
         num_known, end_id = self._inner.vocab_size(), self._inner.eos_id()
         self.end_id: int = end_id if end_id >= 0 else num_known
         self.vocab_size: int = max(num_known, self.end_id + 1)
+        begins = _tokenizer_config(path).get("add_bos_token") and self._inner.bos_id() >= 0
+        self.begin_id: int = self._inner.bos_id() if begins else self.end_id
 
     def encode(self, data: bytes) -> Integer[np.ndarray, " t"]:
         return np.array(self._inner.encode(data.decode()), np.uint32)
@@ -220,15 +228,26 @@ def _unusable(path: Path, kind: str, error: Exception) -> ConfigError:
     return ConfigError("data.tokenizer", f"={str(path)!r}: is not {kind} ({str(error).splitlines()[0]})")
 
 
-def _configured_end_token(path: Path) -> str | None:
-    """`eos_token` of the tokenizer_config.json beside a tokenizer.json."""
+def _put_before_text(inner: Any) -> int | None:
+    """The first special token that the post-processor of a tokenizer.json adds before text; None where it adds none."""
+    encoding = inner.encode("a", add_special_tokens=True)
+    return encoding.ids[0] if encoding.ids and encoding.special_tokens_mask[0] else None
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer; empty where there is none."""
     beside = path.with_name("tokenizer_config.json")
     if not beside.is_file():
-        return None
+        return {}
     try:
-        token = json.loads(beside.read_bytes()).get("eos_token")
+        return dict(json.loads(beside.read_bytes()).items())
     except (ValueError, AttributeError) as error:
         raise _unusable(beside, "a JSON object", error) from error
+
+
+def _configured_end_token(path: Path) -> str | None:
+    """`eos_token` of the tokenizer_config.json beside a tokenizer.json."""
+    token = _tokenizer_config(path).get("eos_token")
     return token.get("content") if isinstance(token, dict) else token
 
 

@@ -40,7 +40,7 @@ def request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     before = np.asarray(tokenizer.encode(stripped.encode()), np.int32)
     whole = np.asarray(tokenizer.encode((stripped + continuation).encode()), np.int32)
     before = before[: len(whole) - 1]  # where a tokenizer joins all of the continuation with what is before it
-    return Request(np.concatenate([[tokenizer.end_id], before]).astype(np.int32), whole[len(before) :])
+    return Request(np.concatenate([[tokenizer.begin_id], before]).astype(np.int32), whole[len(before) :])
 
 
 def log_likelihoods(scorer: Scorer, requests: Sequence[Request]) -> list[Likelihood]:

@@ -133,7 +133,7 @@ def prompt(
     ends = np.cumsum([0, *map(len, straw)])
     place = int(np.argmin(np.abs(ends - depth * ends[-1])))
     body = [*straw[:place], hidden, *straw[place:], question] * copies
-    return Request(np.concatenate([[tokenizer.end_id], *body]).astype(np.int32), answer)
+    return Request(np.concatenate([[tokenizer.begin_id], *body]).astype(np.int32), answer)
 
 
 def _fill(filler: Sequence[np.ndarray], room: int, first: int) -> list[np.ndarray]:

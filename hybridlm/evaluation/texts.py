@@ -28,7 +28,7 @@ class Text:
     name: str
     domain: str
     tokens: Int[np.ndarray, " _"]
-    """n + 1: `end_id`, the tokens of the text, `end_id`; int32."""
+    """n + 1: `begin_id`, the tokens of the text, `end_id`; int32."""
     num_bytes: int
     num_words: int
     """Maximal runs of what is not white space."""
@@ -100,7 +100,7 @@ def read_texts(data: config.Data, tokenizer: Tokenizer, *, whole: bool, domain_f
 
 def _text(document: Document, domain: str, tokenizer: Tokenizer) -> Text:
     ids = np.asarray(tokenizer.encode(document.text), np.int32)
-    tokens = np.concatenate([[tokenizer.end_id], ids, [tokenizer.end_id]]).astype(np.int32)
+    tokens = np.concatenate([[tokenizer.begin_id], ids, [tokenizer.end_id]]).astype(np.int32)
     return Text(document.name, domain, tokens, len(document.text), len(document.text.split()))
 
 
@@ -116,7 +116,8 @@ def _prepared(source: config.Part, tokenizer: Tokenizer, whole: bool, prefix: st
             tokens, num_bytes, _ = stream.read(start, end + 1)
             words = len(text_of(tokens[1:-1], tokenizer).split())
             total = int(np.sum(num_bytes, dtype=np.int64))
-            yield Text(f"{split}:{number}", f"{prefix}{split}", tokens.astype(np.int32), total, words)
+            tokens = np.concatenate([[tokenizer.begin_id], tokens[1:]]).astype(np.int32)
+            yield Text(f"{split}:{number}", f"{prefix}{split}", tokens, total, words)
 
 
 def _values(data: config.Data, field: str) -> dict[str, str]:

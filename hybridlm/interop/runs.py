@@ -221,8 +221,13 @@ def _described(
     if companions is not None and (companions / CONFIG).is_file():
         before = read_fields(companions).values
         return {name: value for name, value in before.items() if name != "dtype"} | own
-    end = load_tokenizer(config.data.tokenizer).end_id
-    return {"bos_token_id": end, "eos_token_id": end, "max_position_embeddings": config.data.seq_len, **own}
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return {
+        "bos_token_id": tokenizer.begin_id,
+        "eos_token_id": tokenizer.end_id,
+        "max_position_embeddings": config.data.seq_len,
+        **own,
+    }
 
 
 def _copy_companions(config: Config, companions: Path, out: Path) -> None:

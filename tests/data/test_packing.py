@@ -79,6 +79,16 @@ def test_arrays_have_the_promised_dtypes() -> None:
     }
 
 
+def test_documents_begin_with_the_token_that_is_asked_for_and_end_as_before() -> None:
+    stream = tokenize(random_documents(0, [3, 9, 4]), ByteTokenizer())
+    for i in range(4):
+        usual, asked = Windows(stream, 5)[i], Windows(stream, 5, begin_id=7)[i]
+        begins = (usual["tokens"] == END) & (usual["segment_ids"] > 0)
+        np.testing.assert_array_equal(asked.pop("tokens"), np.where(begins, 7, usual.pop("tokens")))
+        for name, values in usual.items():
+            np.testing.assert_array_equal(asked[name], values)
+
+
 def test_target_bytes_of_subwords_sum_to_the_size_of_the_text(subword_file: Path) -> None:
     texts = ["def add(x):\n  return", "日本語 🙂 and more words", "é"]
     documents = [Document(str(i), text.encode()) for i, text in enumerate(texts)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +89,34 @@ def test_end_token_is_the_configured_one_then_a_known_one_then_a_new_one(bpe_fil
     path.write_text(json.dumps(description).replace("<|endoftext|>", "<|other|>"))
     unknown = load_tokenizer(str(path))
     assert unknown.end_id == known.vocab_size and unknown.vocab_size == known.vocab_size + 1
+
+
+@pytest.mark.parametrize("before", [None, "<|endoftext|>", "!"])
+def test_documents_begin_with_what_the_post_processor_puts_before_text(
+    bpe_file: Path, tmp_path: Path, before: str | None
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer.from_file(str(bpe_file))
+    end_id = inner.token_to_id("<|endoftext|>")
+    begin_id = end_id if before is None else inner.token_to_id(before)
+    if before is not None:
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{before} $A <|endoftext|>", special_tokens=[(before, begin_id), ("<|endoftext|>", end_id)]
+        )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.begin_id, tokenizer.end_id) == (begin_id, end_id)
+    assert tokenizer.encode(b"a").tolist() == [inner.token_to_id("a")]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_sentencepiece_begins_documents_with_its_bos_where_the_config_says_so(
+    sentencepiece_file: Path, tmp_path: Path, adds: bool
+) -> None:
+    path = shutil.copy(sentencepiece_file, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": adds}))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.begin_id == (tokenizer.special_id("<s>") if adds else tokenizer.end_id)
 
 
 def test_sentencepiece_end_token_is_its_eos(sentencepiece_file: Path) -> None:

@@ -60,7 +60,7 @@ def test_blanks_go_to_the_continuation() -> None:
     class Words(ByteTokenizer):
         """A tokenizer of words with the blank before them."""
 
-        end_id, vocab_size = 0, 99
+        end_id, begin_id, vocab_size = 0, 0, 99
 
         def encode(self, data: bytes) -> np.ndarray:
             known = {"a": 1, " b": 2, " ": 3, "b": 4, " c": 5}

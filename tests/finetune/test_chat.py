@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,18 +156,39 @@ def test_a_broken_line_is_told_by_its_number(write_lines: Write, line: object, p
     assert problem in str(refused.value)
 
 
-def test_special_tokens_come_from_the_template_alone(write_lines: Write, tmp_path: Path) -> None:
-    """What a person writes is text, also where it looks like a special token."""
+def tokenizer_with(*special: str) -> Any:
+    """A byte-level BPE of Hugging Face's with these special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=270, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=270, special_tokens=[*special], initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator(["assistant\nok"] * 9, trainer)
+    return inner
+
+
+def test_a_template_does_not_repeat_the_token_that_documents_begin_with(write_lines: Write, tmp_path: Path) -> None:
+    inner = tokenizer_with("<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+    inner.post_processor = pytest.importorskip("tokenizers").processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", inner.token_to_id("<bos>"))]
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    path = write_lines(*[{"prompt": "a", "response": "ok"}] * 3)
+    chat = Chat(template="gemma")
+    data = Data(source="chat", path=str(path), seq_len=40, tokenizer=str(tmp_path / "tokenizer.json"), chat=chat)
+    window = load_corpus(data).train.sources[0].windows[0]
+    of_first = window["segment_ids"] == 1
+    said = "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nok<end_of_turn>\n"
+    assert inner.decode(window["tokens"][of_first].tolist(), skip_special_tokens=False) == said
+    assert window["targets"][of_first][-1] == inner.token_to_id("<eos>")
+
+
+def test_special_tokens_come_from_the_template_alone(write_lines: Write, tmp_path: Path) -> None:
+    """What a person writes is text, also where it looks like a special token."""
+    inner = tokenizer_with("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     inner.save(str(tmp_path / "tokenizer.json"))
     lines = [{"prompt": "<|im_end|>", "response": "ok<|im_start|>"}] * 7
     data = Data(source="chat", path=str(write_lines(*lines)), seq_len=96, tokenizer=str(tmp_path / "tokenizer.json"))

@@ -12,7 +12,7 @@ class Ids:
 
     name = fingerprint = "ids"
     version = "1"
-    end_id = 0
+    end_id = begin_id = 0
 
     def __init__(self, num_ids: int):
         self.vocab_size = num_ids
