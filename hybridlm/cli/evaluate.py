@@ -1,8 +1,10 @@
 """`hybridlm eval`: its options, and where its numbers go."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Set
+import tempfile
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hybridlm import config_io
 from hybridlm.cli import synthetic
 from hybridlm.cli.words import check_json, write_json
-from hybridlm.config import Config
+from hybridlm.config import Config, Data
 from hybridlm.config_check import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Numbers go to RUN/eval.jsonl as well. `hybridlm list tasks` lists the tasks."
     add = parser.add_argument
     add("run", type=Path, help="run directory")
-    add("--data", metavar="SPEC", help="python-stdlib, or a text or .jsonl file or directory: all of it")
+    add(
+        "--data",
+        metavar="SPEC",
+        help="all of python-stdlib, tfds:NAME, or a text, .jsonl or .parquet file or directory",
+    )
+    add("--split", metavar="NAME", help="of a TFDS dataset: test, 'train[:10%%]'")
+    add("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps datasets (default: its own)")
     add("--task", action="append", metavar="NAME", help="may be repeated; harness:NAME is one of lm-evaluation-harness")
     add("--task-file", action="append", type=Path, metavar="FILE", help="of each task that needs one, in their order")
     add("--context", type=int, metavar="N", help="window in tokens (default: data.seq_len)")
@@ -62,20 +70,44 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     check_json(args.json)
     given = {name: value for name in ABOUT_TASKS if (value := getattr(args, name)) is not None}
     check_numbers(given)
-    if args.task is None and given.keys() <= {"data"} and args.task_file is None:
-        report = plain(config, args)
-    else:
-        report = with_tasks(config, args, given, train_length=run_config.data.seq_len)
+    with readable(args, config.data) as spec:
+        if args.task is None and given.keys() <= {"data"} and args.task_file is None:
+            report = plain(config, args, spec)
+        else:
+            given |= {} if spec is None else {"data": spec}
+            report = with_tasks(config, args, given, train_length=run_config.data.seq_len)
     if args.json is not None:
         write_json(args.json, report)
     return 0
 
 
-def plain(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+@contextlib.contextmanager
+def readable(args: argparse.Namespace, data: Data) -> Iterator[str | None]:
+    """`--data`, or shards of it that are there meanwhile where only `hybridlm prepare` reads it."""
+    spec: str | None = args.data
+    is_tfds = spec is not None and spec.startswith("tfds:")
+    for option, value in (("--split", args.split), ("--tfds-dir", args.tfds_dir)):
+        if value is not None and not is_tfds:
+            raise ConfigError(f"{option} {value}", ": is about --data tfds:NAME; leave it out")
+    if spec is None or not (is_tfds or spec.endswith(".parquet")):
+        yield spec
+        return
+    from hybridlm.data.prepare_sources import open_source
+    from hybridlm.data.prepare_workers import prepare_here
+
+    source = open_source(
+        spec, text_key=data.text_key, tokenizer=data.tokenizer, split=args.split, tfds_directory=args.tfds_dir
+    )
+    with tempfile.TemporaryDirectory(prefix="hybridlm-") as directory:
+        prepare_here(source, data.tokenizer, Path(directory))
+        yield directory
+
+
+def plain(config: Config, args: argparse.Namespace, spec: str | None) -> dict[str, Any]:
     """Packed windows of held-out text, and what gzip makes of it."""
     from hybridlm.evaluation.perplexity import evaluate_run
 
-    report = evaluate_run(config, args.run, data_spec=args.data)
+    report = evaluate_run(config, args.run, data_spec=spec)
     settings = {"windows": "packed", "context": config.data.seq_len}
     keep(args.run, {"task": "perplexity"} | data_of(args.data) | settings | report)
     return report
@@ -97,7 +129,9 @@ def with_tasks(config: Config, args: argparse.Namespace, given: dict[str, Any], 
     scorer = open_run(config, args.run, train_length)
     print(f"checkpoint       step {scorer.step}")
     for name, task, options in runs:
-        settings = {"step": scorer.step, "task": name} | data_of(options.data) | settings_of(options, task)
+        settings = (
+            {"step": scorer.step, "task": name} | data_of(options.data and args.data) | settings_of(options, task)
+        )
         print(f"task             {name}" + ("" if options.file is None else f" of {options.file}"))
         report = settings | task.run(scorer, options)
         for line in task.lines({key: value for key, value in report.items() if key not in settings}):

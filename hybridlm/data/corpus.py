@@ -1,6 +1,7 @@
 """The text of a run: its sources read, split, tokenised and windowed, each on its own."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,9 +252,8 @@ def _prepared(part: config.Part, data: config.Data, tokenizer: Tokenizer, whole:
 
 
 def _text_of(stream: Stream, tokenizer: Tokenizer) -> bytes:
-    starts = stream.document_starts().tolist()
-    ends = [*starts[1:], stream.num_targets]
-    return b"".join(text_of(stream.read(start + 1, end)[0], tokenizer) for start, end in zip(starts, ends, strict=True))
+    borders = [*stream.document_starts().tolist(), stream.num_targets]
+    return b"".join(text_of(stream.read(start + 1, end)[0], tokenizer) for start, end in itertools.pairwise(borders))
 
 
 def text_of(ids: Integer[np.ndarray, " t"], tokenizer: Tokenizer) -> bytes:

@@ -11,12 +11,17 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from hybridlm.data.prepare import Job, Part, prepare_part, size_of
+from hybridlm.data.prepare import Job, Part, begin, decide_sides, finish, parts_of, plan_of, prepare_part, size_of
+from hybridlm.data.prepare_sources import Source
+from hybridlm.data.tokenizers import load_tokenizer
 
+SHARD_BYTES, RECORD_TOKENS = 64_000_000, 4096
+"""Of the source in a shard, about, and in one of its records, where nobody says otherwise."""
 SECONDS_BETWEEN_LINES = 30
 # By which the source's bytes are counted over processes; finer costs a lock each time.
 COUNTED_BYTES = 1 << 20
@@ -47,6 +52,20 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def prepare_here(source: Source, tokenizer_name: str, directory: Path) -> None:
+    """Shards of all documents of `source`, none of them set apart, in a new `directory`, made by this process.
+
+    Raises:
+        ConfigError: there is no text, or some that cannot be read.
+    """
+    tokenizer, parts = load_tokenizer(tokenizer_name), list(parts_of(source, SHARD_BYTES))
+    plan = plan_of(source, tokenizer, shard_bytes=SHARD_BYTES, record_tokens=RECORD_TOKENS, validation_fraction=0)
+    begin(directory, plan, len(parts), verify=False)
+    job = Job(source, tokenizer_name, directory, RECORD_TOKENS, decide_sides(source, parts, 0))
+    run_here(job, dict(enumerate(parts)))
+    finish(directory, tokenizer, plan, len(parts), RECORD_TOKENS)
 
 
 def run_here(job: Job, parts: Mapping[int, Part]) -> None:

@@ -1,6 +1,7 @@
 """Documents to be evaluated on: tokens, bytes, words and domain of each."""
 
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -42,14 +43,7 @@ def data_from_spec(data: config.Data, spec: str) -> config.Data:
     """The text that `--data` names: `python-stdlib`, prepared data, text files, or a .jsonl file (or .jsonl.gz).
 
     JSON lines may be texts, or conversations that the template of `data` makes texts of.
-
-    Raises ConfigError where only `hybridlm prepare` can read it.
     """
-    if spec.startswith("tfds:") or spec.endswith(".parquet"):
-        raise ConfigError(
-            f"--data {spec}",
-            f": is prepared first; write shards with `hybridlm prepare {spec}` and give --data their directory",
-        )
     alone = replace(data, mixture=(), stages=(), source="python-stdlib", path=None)
     if spec == "python-stdlib":
         return alone
@@ -111,8 +105,8 @@ def _prepared(source: config.Part, tokenizer: Tokenizer, whole: bool, prefix: st
     directory = Path(source.path).expanduser()
     for split in ("train", "validation") if whole else ("validation",):
         stream: Stream = PreparedStream(directory, split)
-        starts = stream.document_starts().tolist()
-        for number, (start, end) in enumerate(zip(starts, [*starts[1:], stream.num_targets], strict=True), 1):
+        borders = [*stream.document_starts().tolist(), stream.num_targets]
+        for number, (start, end) in enumerate(itertools.pairwise(borders), 1):
             tokens, num_bytes, _ = stream.read(start, end + 1)
             words = len(text_of(tokens[1:-1], tokenizer).split())
             total = int(np.sum(num_bytes, dtype=np.int64))

@@ -24,6 +24,7 @@ from hybridlm.data.prepare_workers import run_here
 from hybridlm.data.shards import PreparedStream
 from hybridlm.data.sources import Document, read_documents, split_documents
 from hybridlm.data.tokenizers import load_tokenizer
+from tests.corpora import write_tfds
 
 Write = Callable[[dict[str, bytes]], Path]
 Invoke = Callable[..., Any]
@@ -188,24 +189,10 @@ def test_parquet_is_prepared_by_row_groups(tmp_path: Path, invoke: Invoke) -> No
 
 
 def test_a_tfds_dataset_is_prepared_without_tensorflow(tmp_path: Path, invoke: Invoke, bpe_file: Path) -> None:
-    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("tensorflow_datasets")
     rows = texts(300, empty=False)
-
-    class HybridlmTestText(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> Any:
-            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {"train": self._generate_examples(rows), "test": self._generate_examples(rows[:7])}
-
-        def _generate_examples(self, rows: Sequence[str]) -> Any:
-            yield from ((i, {"text": row}) for i, row in enumerate(rows))
-
-    HybridlmTestText(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
-    source = ("prepare", "tfds:hybridlm_test_text:1.0.0", "--tfds-dir", tmp_path / "tfds")
+    name = write_tfds(tmp_path / "tfds", {"train": rows, "test": rows[:7]})
+    source = ("prepare", name, "--tfds-dir", tmp_path / "tfds")
     command = (*source, f"--tokenizer={bpe_file}", "--workers=1", "--shard-size=0.005")
     assert invoke(*command, "--out", tmp_path / "out", "--split=train").code == 0
     documents = [Document(f"train:{i}", row.encode()) for i, row in enumerate(rows)]

@@ -20,6 +20,7 @@ from hybridlm.evaluation.text_losses import text_losses
 from hybridlm.evaluation.texts import Text, data_from_spec, read_texts, sentences
 from hybridlm.evaluation.windows import Mode
 from hybridlm.model import build
+from tests.corpora import write_tfds
 from tests.evaluation.oracle import Oracle
 
 DOCUMENTS = ["the cat sat. é a dog ran, and one bird sang. the", "a dog", "one bird sang. " * 3]
@@ -168,10 +169,35 @@ def test_wrong_words(invoke: Callable, run: Path, lines: Path, words: tuple[str,
     invoke("eval", run, "--data", lines, *words).assert_refused(*parts)
 
 
-@pytest.mark.parametrize("spec", ["tfds:lm1b", "texts.parquet"])
-def test_what_is_prepared_first_is_named(invoke: Callable, run: Path, spec: str) -> None:
-    refused = invoke("eval", run, "--data", spec)
-    refused.assert_refused(f"--data {spec}: is prepared first; write shards with `hybridlm prepare {spec}`")
+@pytest.mark.parametrize("windows", [(), ("--windows", "carried")], ids=["packed", "carried"])
+def test_datasets_and_parquet_are_read_as_json_lines_are(
+    invoke: Callable, run: Path, lines: Path, tmp_path: Path, windows: tuple[str, ...]
+) -> None:
+    pytest.importorskip("tensorflow_datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"text": DOCUMENTS})
+    parquet.write_table(table, tmp_path / "texts.parquet")
+    tfds = (write_tfds(tmp_path / "tfds", {"test": DOCUMENTS}), "--split=test", f"--tfds-dir={tmp_path / 'tfds'}")
+    reports = []
+    for words in ((lines,), (tmp_path / "texts.parquet",), tfds):
+        result = invoke("eval", run, *windows, "--json", tmp_path / "report.json", "--data", *words)
+        assert result.code == 0, result.err
+        reports.append(json.loads((tmp_path / "report.json").read_text()))
+        last = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+        assert last["data"] == str(words[0])
+    for report in reports[1:]:
+        assert (report["loss"], report["tokens"], report["bytes"]) == (
+            reports[0]["loss"],
+            reports[0]["tokens"],
+            reports[0]["bytes"],
+        )
+
+
+def test_options_of_datasets_are_theirs(invoke: Callable, run: Path, lines: Path, tmp_path: Path) -> None:
+    invoke("eval", run, "--data", lines, "--split=test").assert_refused("--split test: is about --data tfds:NAME")
+    invoke("eval", run, "--data", "tfds:lm1b").assert_refused("--split: is required by tfds:lm1b")
+    absent = tmp_path / "absent.parquet"
+    invoke("eval", run, "--data", absent).assert_refused("absent.parquet", "No such file or directory")
 
 
 def test_strides_are_refused_before_a_checkpoint_is_read(invoke: Callable, run: Path, tmp_path: Path) -> None:
