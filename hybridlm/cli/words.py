@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def check_file(option: str, path: Path | None) -> None:
         raise ConfigError(f"{option} {path}", f": no directory {path.parent}; make it first")
     if path is not None and path.is_dir():
         raise ConfigError(f"{option} {path}", ": is a directory; name a file in it")
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option} {path}", ": cannot be written; name a file that can be")
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

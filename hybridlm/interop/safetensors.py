@@ -187,4 +187,12 @@ def _write_file(path: Path, shard: Sequence[Planned], values: Iterator[np.ndarra
         for tensor in shard:
             value = np.asarray(next(values), order="C")
             assert value.shape == tensor.shape, (tensor, value.shape)
-            stream.write(value.astype(tensor.dtype, copy=False).reshape(-1).view(np.uint8).data)
+            with np.errstate(over="ignore"):
+                written = value.astype(tensor.dtype, copy=False)
+            if np.isinf(written).any() and not np.isinf(value).any():
+                raise ConfigError(
+                    "--dtype",
+                    f": the largest value of {tensor.name} is {np.abs(value).max():.3g}, and that of {tensor.dtype} "
+                    f"{float(ml_dtypes.finfo(tensor.dtype).max):.3g}; give one with a larger range",
+                )
+            stream.write(written.reshape(-1).view(np.uint8).data)
