@@ -1,10 +1,9 @@
 """Documents to windows of one length. Letters: n stream, d documents, t time.
 
 The stream is, for every document, one `end_id` and then its tokens; one more `end_id` closes it. So `end_id` ends each
-document as a target. As an input, `begin_id` takes its place, which is the same token for many tokenizers, and makes a
-document's first token a prediction too. However windows are
-laid out over the stream, within an epoch every token of text is a target exactly once, and so is the end of every
-document.
+document as a target. As an input `begin_id` takes its place, which is the same token for many tokenizers, and makes a
+document's first token a prediction too. However windows are laid out over the stream, within an epoch every token of
+text is a target exactly once, and so is the end of every document.
 """
 
 from collections.abc import Sequence
