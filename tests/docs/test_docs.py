@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax
 import pytest
 
 from hybridlm import cli, config_io
-from hybridlm.config import Config
+from hybridlm.config import Config, Finetune, LoRA
 from hybridlm.config_check import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -201,11 +201,13 @@ def options_of(subcommand: str) -> set[str]:
 
 @functools.cache
 def recipes() -> list[Config]:
-    return [config for _, _, config in config_io.list_recipes()]
+    """All of them, and one with what `--lora` adds."""
+    found = [config for _, _, config in config_io.list_recipes()]
+    return [*found, replace(found[0], finetune=Finetune(lora=LoRA()))]
 
 
 def sets_a_field(option: str, value: str) -> bool:
-    """Whether some recipe has the field and takes the value (for `--a.b VALUE`, the field alone)."""
+    """Whether one of `recipes` has the field and takes the value (for `--a.b VALUE`, the field alone)."""
     for config in recipes():
         try:
             if value:
