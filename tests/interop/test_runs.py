@@ -377,10 +377,11 @@ def test_wrong_input_is_one_line(case: str, published: Published, invoke: Callab
 
 
 def test_a_head_beside_a_tied_embedding_has_to_be_the_same(
-    published: Published, invoke: Callable[..., Any], tmp_path: Path
+    published: Published, overrides: list[str], invoke: Callable[..., Any], tmp_path: Path
 ) -> None:
     with_fields(directory := copied(published.directory, tmp_path / "hf"), tie_word_embeddings=True)
-    invoke("import", directory, "--out", tmp_path / "run").assert_refused(
+    fields = [f"--{assignment}" for assignment in overrides]
+    invoke("import", directory, "--out", tmp_path / "run", *fields).assert_refused(
         "says tie_word_embeddings, and lm_head.weight is not model.embed_tokens.weight", "set it to false"
     )
     with_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
