@@ -199,7 +199,11 @@ def _load_part(part: config.Part, data: config.Data, tokenizer: Tokenizer, whole
         validation=(cached_tokenize(validation, tokenizer),),
         content=(content_hash(train), content_hash(validation)),
         held_out_text=lambda: b"".join(document.text for document in validation),
-        description=_described(part, len(documents), sum(len(document.text) for document in documents)),
+        description=_described(
+            part.source if part.path is None else f"{part.source} {part.path}",
+            len(documents),
+            sum(len(document.text) for document in documents),
+        ),
         packing=data.packing,
     )
 
@@ -236,7 +240,7 @@ def _prepared(part: config.Part, data: config.Data, tokenizer: Tokenizer, whole:
     directory = Path(part.path).expanduser()
     train, validation = PreparedStream(directory, "train"), PreparedStream(directory, "validation")
     train.manifest.check_tokenizer(tokenizer, directory)
-    totals = train.manifest.totals().values()
+    totals, source = train.manifest.totals().values(), train.manifest.plan["source"]
     held_out = (train, validation) if whole else (validation,)
     return Part(
         name=part.name,
@@ -245,7 +249,9 @@ def _prepared(part: config.Part, data: config.Data, tokenizer: Tokenizer, whole:
         content=(train.fingerprint, validation.fingerprint),
         held_out_text=lambda: b"".join(_text_of(stream, tokenizer) for stream in held_out),
         description=_described(
-            part, sum(total["documents"] for total in totals), sum(total["text_bytes"] for total in totals)
+            f"prepared {part.path} from {source['path'] or source['kind']}",
+            sum(total["documents"] for total in totals),
+            sum(total["text_bytes"] for total in totals),
         ),
         packing=data.packing,
     )
@@ -261,9 +267,8 @@ def text_of(ids: Integer[np.ndarray, " t"], tokenizer: Tokenizer) -> bytes:
     return tokenizer.decode_bytes(ids) if isinstance(tokenizer, ByteTokenizer) else tokenizer.decode(ids).encode()
 
 
-def _described(part: config.Part, num_documents: int, num_bytes: int) -> str:
-    where = part.source if part.path is None else f"{part.source} {part.path}"
-    return f"{where}: {num_documents:,} documents, {num_bytes / 1e6:,.1f} MB"
+def _described(source: str, num_documents: int, num_bytes: int) -> str:
+    return f"{source}: {num_documents:,} documents, {num_bytes / 1e6:,.1f} MB"
 
 
 def _description(data: config.Data, tokenizer: Tokenizer, parts: Sequence[Part], train: Mixture) -> str:

@@ -70,7 +70,9 @@ def write(directory: Path, documents: Documents, *, vocab_size: int) -> Path:
             )
         )
     tokenizer = TokenizerIdentity("t", "f", "1", vocab_size, END)
-    Manifest(tokenizer, RECORD, {"decides": {}}, tuple(reversed(described))).write(directory)
+    Manifest(
+        tokenizer, RECORD, {"source": {"kind": "text", "path": "texts"}, "decides": {}}, tuple(reversed(described))
+    ).write(directory)
     return directory
 
 
