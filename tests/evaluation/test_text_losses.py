@@ -185,6 +185,7 @@ def test_datasets_and_parquet_are_read_as_json_lines_are(
         reports.append(json.loads((tmp_path / "report.json").read_text()))
         last = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
         assert last["data"] == str(words[0])
+    assert windows or "from hybridlm_test_text:1.0.0: 3 documents" in result.out
     for report in reports[1:]:
         assert (report["loss"], report["tokens"], report["bytes"]) == (
             reports[0]["loss"],
