@@ -21,10 +21,11 @@ from hybridlm.interop.canonical import differences
 from hybridlm.interop.families import ARCHITECTURES, architecture_named, architecture_of
 from hybridlm.interop.fields import CONFIG, Fields, check_not_quantized, read_fields
 from hybridlm.interop.safetensors import DTYPES, SINGLE, Planned, Tensors, write_model
-from hybridlm.interop.weights import by_layer, check_tensors, read_params, shapes_of, with_offset, written
+from hybridlm.interop.weights import check_tensors, read_params, shapes_of, with_offset, written
 from hybridlm.model import Params
-from hybridlm.train import derived
+from hybridlm.train import derived, layout
 from hybridlm.train import directory as run_directory
+from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.mesh_choice import run_mesh
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -136,7 +137,7 @@ def export_run(
 
     Without `architecture` it is the one that the run was imported from, or the first that holds the model. `dtype` is
     that of the tensors; where it is absent an import that was not trained is written as it was, all else in float32.
-    The host holds all parameters.
+    The host holds the parameters of one tensor at a time, or where there are adapters all.
 
     Raises ConfigError where no architecture holds the model, or the user's input is wrong otherwise.
     """
@@ -145,39 +146,41 @@ def export_run(
     derived.check_free(out)
     origin = run_directory.origin_of(run) or {}
     found, fields = find_architecture(config.model, architecture, origin.get("architecture"))
-    params, step = derived.read_params(run, config)
-    arrays = by_layer(params, config.model)
-    if config.model.norm_offset and not found.to_model(Fields(fields)).norm_offset:
-        arrays = with_offset(arrays)
+    abstract = derived.abstract_params(config)
+    shapes = {name: x.shape for name, x in layout.views(abstract, config.model).items()}
     rules = found.rules(config.model, ())
-    as_it_was = dtype is None and step == 0 and origin.get("architecture") == found.name
-    most = origin["dtype"] if as_it_was else NAMES[dtype or "float32"]
-    others = origin["other_dtypes"] if as_it_was else {}
-    planned = [
-        Planned(name, DTYPES[others.get(name, most)], shape)
-        for rule in rules
-        for name, shape in zip(rule.theirs, shapes_of(rule, [arrays[n].shape for n in rule.ours]), strict=True)
-    ]
     companions = run / config_io.PRETRAINED
     kept = Tensors(companions) if (companions / SINGLE).is_file() else None
 
     def kept_tensor(name: str) -> np.ndarray | None:
         return None if kept is None or name not in kept.entries else kept.read(name)
 
-    partial = derived.partial_of(out)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}", f": cannot be written to: {error.strerror}") from None
-    try:
-        write_model(partial, planned, written(rules, arrays, kept_tensor), shard_bytes=shard_bytes)
-        is_same = origin.get("architecture") == found.name
-        described = _described(config, companions if is_same else None, found, fields, most)
-        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        _copy_companions(config, companions, partial)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with Checkpoints(run / "checkpoints", config.model, config.checkpoint) as checkpoints:
+        stored, step = checkpoints.reader_of_params(abstract), checkpoints.latest_step()
+        add_offset = config.model.norm_offset and not found.to_model(Fields(fields)).norm_offset
+        read = (lambda name: with_offset(name, stored(name))) if add_offset else stored
+        as_it_was = dtype is None and step == 0 and origin.get("architecture") == found.name
+        most = origin["dtype"] if as_it_was else NAMES[dtype or "float32"]
+        others = origin["other_dtypes"] if as_it_was else {}
+        planned = [
+            Planned(name, DTYPES[others.get(name, most)], shape)
+            for rule in rules
+            for name, shape in zip(rule.theirs, shapes_of(rule, [shapes[n] for n in rule.ours]), strict=True)
+        ]
+        partial = derived.partial_of(out)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out}", f": cannot be written to: {error.strerror}") from None
+        try:
+            write_model(partial, planned, written(rules, read, kept_tensor), shard_bytes=shard_bytes)
+            is_same = origin.get("architecture") == found.name
+            described = _described(config, companions if is_same else None, found, fields, most)
+            (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            _copy_companions(config, companions, partial)
+            os.replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return found.name
 
 

@@ -132,38 +132,27 @@ def _refuse(where: str, verb: str, names: Sequence[str]) -> None:
         raise ConfigError(where, f": {verb} {', '.join(names[:SHOWN])}{more}")
 
 
-def by_layer(params: Params, model: Model) -> dict[str, np.ndarray]:
-    """NumPy parameters by their names in a checkpoint, views of what is stacked."""
-    return {
-        name: leaf.value[i] if leaf.is_stacked else leaf.value
-        for leaf in layout.leaves_of(params, model)
-        for i, name in enumerate(leaf.names)
-    }
-
-
-def with_offset(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same with 1 + scale in place of the scales that `config.Model.norm_offset` is about: what norms multiply by.
+def with_offset(name: str, array: np.ndarray) -> np.ndarray:
+    """A parameter, with 1 + scale in place of a scale that `config.Model.norm_offset` is about: what norms multiply by.
 
     They are the numbers that a norm with an offset computes, so that nothing is rounded once more.
     """
-
-    def has_offset(name: str) -> bool:
-        *above, module, leaf = ["", "", *name.split(".")]
-        is_last = module == "norm" and not any(above)
-        return leaf == "scale" and (is_last or module in ("mixer_norm", "ffn_norm", "q_norm", "k_norm"))
-
-    return {name: np.float32(1) + x if has_offset(name) else x for name, x in arrays.items()}
+    *above, module, leaf = ["", "", *name.split(".")]
+    is_last = module == "norm" and not any(above)
+    has_offset = leaf == "scale" and (is_last or module in ("mixer_norm", "ffn_norm", "q_norm", "k_norm"))
+    return np.float32(1) + array if has_offset else array
 
 
 def written(
-    rules: Iterable[Rule], arrays: dict[str, np.ndarray], kept: Callable[[str], np.ndarray | None]
+    rules: Iterable[Rule], read: Callable[[str], np.ndarray], kept: Callable[[str], np.ndarray | None]
 ) -> Iterable[np.ndarray]:
-    """The rules' tensors, one after another. `kept(name)` is one as it was read, where it was kept, else None.
+    """The rules' tensors, one after another, of the parameters that `read(name)` gives.
 
-    What was kept is given back where it still stands for the same parameters, bit for bit.
+    `kept(name)` is a tensor as it was imported, where it was kept, else None. It is given back where it still stands
+    for the same parameters, bit for bit.
     """
     for rule in rules:
-        ours = [arrays[name] for name in rule.ours]
+        ours = [read(name) for name in rule.ours]
         before = None if rule.exact else [kept(name) for name in rule.theirs]
         if before is not None and all(tensor is not None for tensor in before):
             found = rule.to_ours(before, [x.shape for x in ours])  # pyright: ignore[reportArgumentType]

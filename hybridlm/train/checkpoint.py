@@ -228,18 +228,42 @@ class Checkpoints:
         Raises ConfigError where they are damaged, or their names or shapes are not those of `abstract`. Nothing is
         renamed: a run may be writing here.
         """
+        path = self._path_to_read(step)
+        if not (path / FINGERPRINTS).exists():
+            return self._restore_nested_params(path, abstract)
+        with _telling_of_damage(path):
+            return self._restored_params(path, {"params": abstract})["params"]
+
+    def reader_of_params(self, abstract: Any) -> Callable[[str], np.ndarray]:
+        """What reads one of the latest parameters, by its name in a checkpoint without `params.`, as it is asked for.
+
+        `abstract` are NumPy arrays in the place of all parameters. Those of a checkpoint with adapters, or of a format
+        before 3, are read at once. Raises ConfigError as `restore_params` does, and so does what is returned.
+        """
+        path = self._path_to_read(None)
+        with _telling_of_damage(path):
+            parts, problem = read_parts(path)
+            _agree_on(problem)
+        if not (path / FINGERPRINTS).exists() or lora_of(parts["config"]) is not None:
+            return layout.views(self.restore_params(abstract), self.model).__getitem__
+        stored, wanted = parts[FINGERPRINTS]["arrays"], layout.flat_abstract({"params": abstract}, self.model)
+        check_shapes(path, {name: tuple(said["shape"]) for name, said in stored.items()}, wanted)
+
+        def read(name: str) -> np.ndarray:
+            name = f"params.{name}"
+            with _telling_of_damage(path):
+                loaded, problem = self._loaded(path, {name: wanted[name]})
+                _agree_on(problem)
+                _agree_on(damage_of_arrays(layout.fingerprints(loaded, self.model), {name: stored[name]}))
+            return loaded[name]
+
+        return read
+
+    def _path_to_read(self, step: int | None) -> Path:
         step = self.latest_step() if step is None else step
         if step is None:
             raise ConfigError(str(self.directory), ": holds no complete checkpoint; train first")
-        path = self.path(step)
-        if not (path / FINGERPRINTS).exists():
-            return self._restore_nested_params(path, abstract)
-        try:
-            return self._restored_params(path, {"params": abstract})["params"]
-        except Damaged as damage:
-            raise ConfigError(
-                str(path), f": is damaged ({damage}); rename it to read the one before, as `hybridlm train` does"
-            ) from None
+        return self.path(step)
 
     def _restored_params(self, path: Path, abstract: Any) -> Any:
         wanted = layout.flat_abstract(abstract, self.model)
@@ -316,6 +340,16 @@ class Checkpoints:
         context.memory_options.read_concurrent_bytes = buffer
         context.async_options.timeout_secs = self.config.timeout_seconds
         return context
+
+
+@contextlib.contextmanager
+def _telling_of_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as damage:
+        raise ConfigError(
+            str(path), f": is damaged ({damage}); rename it to read the one before, as `hybridlm train` does"
+        ) from None
 
 
 def _agree_on(problem: str | None) -> None:

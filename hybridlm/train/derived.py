@@ -34,15 +34,18 @@ from hybridlm.train.program import step_program
 
 def read_params(run_dir: Path, config: Config) -> tuple[Params, int]:
     """The latest parameters of a run as NumPy arrays, none of them put on a device, and their step."""
-    init, _ = build(config.model, config.kernels)
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
-    # NumPy arrays in place of descriptions ask for NumPy arrays; these take no memory.
-    abstract = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
     with Checkpoints(run_dir / "checkpoints", config.model, config.checkpoint) as checkpoints:
-        params = checkpoints.restore_params(abstract)
+        params = checkpoints.restore_params(abstract_params(config))
         step = checkpoints.latest_step()
     assert step is not None
     return params, step
+
+
+def abstract_params(config: Config) -> Params:
+    """NumPy arrays in place of parameters, which ask for NumPy arrays and take no memory."""
+    init, _ = build(config.model, config.kernels)
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
 
 
 def upcycle_run(config: Config, run_dir: Path, directory: Path, *, mask_fraction: float) -> None:

@@ -15,7 +15,7 @@ from hybridlm.interop.families import ARCHITECTURES
 from hybridlm.interop.fields import Fields
 from hybridlm.interop.runs import find_architecture, read_model
 from hybridlm.interop.safetensors import Tensors
-from hybridlm.interop.weights import by_layer, shapes_of, written
+from hybridlm.interop.weights import shapes_of, written
 from hybridlm.model import build
 from hybridlm.train import layout
 from tests.interop.configs import PUBLISHED
@@ -50,8 +50,8 @@ def test_weights_come_back_bit_for_bit(published: Published) -> None:
     architecture, model = read_model(published.directory)
     tensors = Tensors(published.directory)
     rules = architecture.rules(model, tensors.entries)
-    arrays = by_layer(jax.device_get(params), config.model)
-    back = dict(zip((n for r in rules for n in r.theirs), written(rules, arrays, tensors.read), strict=True))
+    read = layout.views(jax.device_get(params), config.model).__getitem__
+    back = dict(zip((n for r in rules for n in r.theirs), written(rules, read, tensors.read), strict=True))
     assert back.keys() == tensors.entries.keys()
     for name, tensor in back.items():
         np.testing.assert_array_equal(tensor, tensors.read(name), err_msg=name, strict=True)

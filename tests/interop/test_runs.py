@@ -25,6 +25,7 @@ from hybridlm.interop.weights import read_params
 from hybridlm.model import build
 from hybridlm.sharding import make_mesh
 from hybridlm.train import layout
+from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.derived import prepared, write_run
 from hybridlm.train.derived import read_params as params_of_run
 from hybridlm.train.loop import train
@@ -387,6 +388,19 @@ def test_a_head_beside_a_tied_embedding_has_to_be_the_same(
     with_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     config, params = load_published(directory)
     assert config.model.tied_embedding and "w_head" not in params
+
+
+def test_an_export_reads_one_array_at_a_time(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    loaded = Checkpoints._loaded
+
+    def counting(self: Checkpoints, path: Path, wanted: dict[str, Any]) -> Any:
+        asked.append(len(wanted))
+        return loaded(self, path, wanted)
+
+    monkeypatch.setattr(Checkpoints, "_loaded", counting)
+    export_run(run, tmp_path / "out")
+    assert len(asked) > 10 and set(asked) == {1}
 
 
 def test_nothing_is_written_over(run: Path, published: Published, invoke: Callable[..., Any], tmp_path: Path) -> None:
