@@ -8,9 +8,9 @@ import numpy as np
 
 from hybridlm import config, config_io
 from hybridlm.config_check import ConfigError
-from hybridlm.finetune.paths import by_path, map_with_paths, matches
+from hybridlm.finetune.paths import map_with_paths, matches
 from hybridlm.model import Params
-from hybridlm.model.by_layer import field_of, places
+from hybridlm.model.by_layer import by_name, field_of, places
 
 ROW_NOISE = 0.01
 """Standard deviation of new words' vectors around the mean of the old, over that of the old."""
@@ -38,7 +38,7 @@ def beginning(
     ConfigError where parameters are missing and `settings.fresh` does not allow it, where a field of the model differs
     that neither they nor `settings.differs` account for, or there are fewer words.
     """
-    stored, num_new = _by_layer(params, source), model.vocab_size - source.vocab_size
+    stored, num_new = by_name(params, source), model.vocab_size - source.vocab_size
     stored |= _within(stored, model, source)
     if num_new < 0:
         raise ConfigError(
@@ -87,14 +87,6 @@ def _names(path: str, model: config.Model) -> list[str]:
         return [path]
     of_block = [layer for layer, (part, at, _) in enumerate(places(model)) if [part, str(at)] == words[1:3]]
     return [".".join(["layers", str(layer), *words[3:]]) for layer in of_block]
-
-
-def _by_layer(params: Params, model: config.Model) -> dict[str, np.ndarray]:
-    found = {}
-    for path, x in by_path(params).items():
-        names = _names(path, model)
-        found |= dict(zip(names, x if path.startswith("stack.repeats.") else [x], strict=True))
-    return found
 
 
 def _within(stored: dict[str, np.ndarray], model: config.Model, source: config.Model) -> dict[str, np.ndarray]:

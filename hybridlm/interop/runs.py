@@ -23,7 +23,8 @@ from hybridlm.interop.fields import CONFIG, Fields, check_not_quantized, read_fi
 from hybridlm.interop.safetensors import DTYPES, SINGLE, Planned, Tensors, write_model
 from hybridlm.interop.weights import check_tensors, read_params, shapes_of, with_offset, written
 from hybridlm.model import Params
-from hybridlm.train import derived, layout
+from hybridlm.model.by_layer import by_name
+from hybridlm.train import derived
 from hybridlm.train import directory as run_directory
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.mesh_choice import run_mesh
@@ -147,7 +148,7 @@ def export_run(
     origin = run_directory.origin_of(run) or {}
     found, fields = find_architecture(config.model, architecture, origin.get("architecture"))
     abstract = derived.abstract_params(config)
-    shapes = {name: x.shape for name, x in layout.views(abstract, config.model).items()}
+    shapes = {name: x.shape for name, x in by_name(abstract, config.model).items()}
     rules = found.rules(config.model, ())
     companions = run / config_io.PRETRAINED
     kept = Tensors(companions) if (companions / SINGLE).is_file() else None

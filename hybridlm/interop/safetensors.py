@@ -189,10 +189,10 @@ def _write_file(path: Path, shard: Sequence[Planned], values: Iterator[np.ndarra
             assert value.shape == tensor.shape, (tensor, value.shape)
             with np.errstate(over="ignore"):
                 written = value.astype(tensor.dtype, copy=False)
-            if np.isinf(written).any() and not np.isinf(value).any():
+            if len(beyond := value[np.isinf(written) & np.isfinite(value)]):
                 raise ConfigError(
                     "--dtype",
-                    f": the largest value of {tensor.name} is {np.abs(value).max():.3g}, and that of {tensor.dtype} "
+                    f": the largest value of {tensor.name} is {np.abs(beyond).max():.3g}, and that of {tensor.dtype} "
                     f"{float(ml_dtypes.finfo(tensor.dtype).max):.3g}; give one with a larger range",
                 )
             stream.write(written.reshape(-1).view(np.uint8).data)

@@ -37,7 +37,6 @@ def read_params(
         wanted = layout.flat_abstract(abstract, model)
         rules = architecture.rules(model, tensors.entries)
         _check(tensors, architecture, model, rules, wanted)
-        _check_tied(tensors, model, rules)
         leaves = layout.leaves_of(abstract, model)
         number = {name: i for i, leaf in enumerate(leaves) for name in leaf.names}
         arrays: dict[str, jax.Array] = {}
@@ -101,6 +100,7 @@ def _check(
             elif found.dtype.itemsize > 4 or found.dtype.kind in "iub":
                 wrong.append(f"{name} of {found.dtype}, which is not float32, float16 or bfloat16")
     _refuse(where, "holds", wrong)
+    _check_tied(tensors, model, rules)
 
 
 def _check_tied(tensors: Tensors, model: Model, rules: Sequence[Rule]) -> None:

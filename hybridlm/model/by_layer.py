@@ -47,6 +47,15 @@ def layers_of(stack: dict[str, Any], model: config.Model) -> list[dict[str, Any]
     return [layer(place) for place in places(model)]
 
 
+def by_name(params: dict[str, Any], model: config.Model) -> dict[str, np.ndarray]:
+    """NumPy arrays by names that count layers, such as `layers.4.mixer.w_q`; views where `params` are such."""
+    params = jax.device_get(params)
+    layers = dict(enumerate(layers_of(params["stack"], model)))
+    named = {"layers": layers} | {name: part for name, part in params.items() if name != "stack"}
+    leaves = jax.tree_util.tree_leaves_with_path(named)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
 def stack_of(layers: Sequence[dict[str, Any]], model: config.Model) -> dict[str, Any]:
     """The inverse of `layers_of`; its arrays are NumPy's."""
     stack: dict[str, Any] = {}

@@ -27,6 +27,7 @@ from hybridlm.config_check import ConfigError
 from hybridlm.distributed import agreed, together
 from hybridlm.finetune.adapters import ADAPTERS
 from hybridlm.finetune.arrays import abstract_adapted, lora_of, merged_arrays
+from hybridlm.model.by_layer import by_name
 from hybridlm.train import layout
 from hybridlm.train.integrity import (
     damaged_arrays,
@@ -241,11 +242,13 @@ class Checkpoints:
         before 3, are read at once. Raises ConfigError as `restore_params` does, and so does what is returned.
         """
         path = self._path_to_read(None)
+        if not (path / FINGERPRINTS).exists():
+            return by_name(self.restore_params(abstract), self.model).__getitem__
         with _telling_of_damage(path):
             parts, problem = read_parts(path)
             _agree_on(problem)
-        if not (path / FINGERPRINTS).exists() or lora_of(parts["config"]) is not None:
-            return layout.views(self.restore_params(abstract), self.model).__getitem__
+        if lora_of(parts["config"]) is not None:
+            return by_name(self.restore_params(abstract), self.model).__getitem__
         stored, wanted = parts[FINGERPRINTS]["arrays"], layout.flat_abstract({"params": abstract}, self.model)
         check_shapes(path, {name: tuple(said["shape"]) for name, said in stored.items()}, wanted)
 

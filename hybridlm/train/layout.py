@@ -65,15 +65,6 @@ def flat(state: Any, model: config.Model) -> dict[str, Any]:
     return arrays
 
 
-def views(state: Any, model: config.Model) -> dict[str, np.ndarray]:
-    """The same of a state of NumPy arrays, without a copy."""
-    return {
-        name: leaf.value[i] if leaf.is_stacked else leaf.value
-        for leaf in leaves_of(state, model)
-        for i, name in enumerate(leaf.names)
-    }
-
-
 def flat_abstract(abstract: Any, model: config.Model) -> dict[str, Any]:
     """What a checkpoint has of the arrays that `abstract` describes, with the shardings that `stacked` wants."""
 

@@ -17,6 +17,7 @@ from hybridlm.interop.runs import find_architecture, read_model
 from hybridlm.interop.safetensors import Tensors
 from hybridlm.interop.weights import shapes_of, written
 from hybridlm.model import build
+from hybridlm.model.by_layer import by_name
 from hybridlm.train import layout
 from tests.interop.configs import PUBLISHED
 from tests.interop.published import FAMILIES, FLA, TOLERANCE, Published, largest_errors, load, publish
@@ -50,7 +51,7 @@ def test_weights_come_back_bit_for_bit(published: Published) -> None:
     architecture, model = read_model(published.directory)
     tensors = Tensors(published.directory)
     rules = architecture.rules(model, tensors.entries)
-    read = layout.views(jax.device_get(params), config.model).__getitem__
+    read = by_name(params, config.model).__getitem__
     back = dict(zip((n for r in rules for n in r.theirs), written(rules, read, tensors.read), strict=True))
     assert back.keys() == tensors.entries.keys()
     for name, tensor in back.items():

@@ -29,6 +29,7 @@ from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.derived import prepared, write_run
 from hybridlm.train.derived import read_params as params_of_run
 from hybridlm.train.loop import train
+from tests.faults.sites import flip_bit, largest_file, truncate
 from tests.interop.published import Published, publish_hugging_face
 from tests.interop.published import load as load_published
 
@@ -403,6 +404,16 @@ def test_an_export_reads_one_array_at_a_time(run: Path, tmp_path: Path, monkeypa
     assert len(asked) > 10 and set(asked) == {1}
 
 
+@pytest.mark.parametrize("damage", [truncate, lambda path: flip_bit(path, path.stat().st_size // 2, 3)])
+def test_an_export_of_a_damaged_checkpoint_is_refused(
+    damage: Callable[[Path], None], run: Path, invoke: Callable[..., Any], tmp_path: Path
+) -> None:
+    damaged = copied(run, tmp_path / "run")
+    damage(largest_file(damaged / "checkpoints" / "0" / "state"))
+    invoke("export", damaged, "--out", tmp_path / "out").assert_refused("checkpoints/0: is damaged (", "rename it")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_nothing_is_written_over(run: Path, published: Published, invoke: Callable[..., Any], tmp_path: Path) -> None:
     for words in (("import", published.directory, "--out", run), ("export", run, "--out", published.directory)):
         invoke(*words).assert_refused("is there already and holds something")
@@ -427,6 +438,9 @@ def test_a_published_model_is_fine_tuned_and_the_same_command_goes_on(
     begun, _ = params_of_run(tmp_path / "tuned.pretrained", config_io.load_run_config(tmp_path / "tuned.pretrained"))
     np.testing.assert_array_equal(tuned["embedding"], begun["embedding"])
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (tuned, begun)), strict=True))
+    export_run(tmp_path / "tuned", tmp_path / "out")
+    exported = load_published(tmp_path / "out")[1]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(exported), tuned)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(32, 12), (24, 23)])
