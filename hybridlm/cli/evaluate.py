@@ -30,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Numbers go to RUN/eval.jsonl as well. `hybridlm list tasks` lists the tasks."
     add = parser.add_argument
     add("run", type=Path, help="run directory")
-    add(
-        "--data",
-        metavar="SPEC",
-        help="all of python-stdlib, tfds:NAME, or a text, .jsonl or .parquet file or directory",
-    )
+    add("--data", metavar="SPEC", help="all of python-stdlib, tfds:NAME, a text, .jsonl or .parquet file, or directory")
     add("--split", metavar="NAME", help="of a TFDS dataset: test, 'train[:10%%]'")
     add("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps datasets (default: its own)")
     add("--task", action="append", metavar="NAME", help="may be repeated; harness:NAME is one of lm-evaluation-harness")
@@ -74,7 +70,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
         if args.task is None and given.keys() <= {"data"} and args.task_file is None:
             report = plain(config, args, spec)
         else:
-            given |= {} if spec is None else {"data": spec}
+            if spec is not None:
+                given["data"] = spec
             report = with_tasks(config, args, given, train_length=run_config.data.seq_len)
     if args.json is not None:
         write_json(args.json, report)
@@ -129,9 +126,8 @@ def with_tasks(config: Config, args: argparse.Namespace, given: dict[str, Any], 
     scorer = open_run(config, args.run, train_length)
     print(f"checkpoint       step {scorer.step}")
     for name, task, options in runs:
-        settings = (
-            {"step": scorer.step, "task": name} | data_of(options.data and args.data) | settings_of(options, task)
-        )
+        data = data_of(None if options.data is None else args.data)
+        settings = {"step": scorer.step, "task": name} | data | settings_of(options, task)
         print(f"task             {name}" + ("" if options.file is None else f" of {options.file}"))
         report = settings | task.run(scorer, options)
         for line in task.lines({key: value for key, value in report.items() if key not in settings}):

@@ -21,7 +21,7 @@ from hybridlm.data.prepare_sources import Source
 from hybridlm.data.tokenizers import load_tokenizer
 
 SHARD_BYTES, RECORD_TOKENS = 64_000_000, 4096
-"""Of the source in a shard, about, and in one of its records, where nobody says otherwise."""
+"""Of `prepare_here`: of the source in a shard, about, and in one of its records."""
 SECONDS_BETWEEN_LINES = 30
 # By which the source's bytes are counted over processes; finer costs a lock each time.
 COUNTED_BYTES = 1 << 20

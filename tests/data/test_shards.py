@@ -70,9 +70,8 @@ def write(directory: Path, documents: Documents, *, vocab_size: int) -> Path:
             )
         )
     tokenizer = TokenizerIdentity("t", "f", "1", vocab_size, END)
-    Manifest(
-        tokenizer, RECORD, {"source": {"kind": "text", "path": "texts"}, "decides": {}}, tuple(reversed(described))
-    ).write(directory)
+    plan = {"source": {"kind": "text", "path": "texts"}, "decides": {}}
+    Manifest(tokenizer, RECORD, plan, tuple(reversed(described))).write(directory)
     return directory
 
 

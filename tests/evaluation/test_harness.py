@@ -118,11 +118,12 @@ def test_the_harness_and_files_of_requests_give_the_same_numbers(
     named += [word for task in ("lambada", "harness:animal_words") for word in ("--task", task)]
     files = ["--task-file", requests, "--task-file", passages]
     out = tmp_path / "report.json"
-    code, _, err = invoke("eval", run, *named, *files, "--include", tasks, "--json", out)
+    code, printed, err = invoke("eval", run, *named, *files, "--include", tasks, "--json", out)
     assert code == 0, err
     choices, animals, words, animal_words = json.loads(out.read_text())["results"]
     assert (animals["acc,none"], animals["acc_norm,none"]) == (choices["acc"], choices["acc_norm"])
     assert choices["acc"] != choices["acc_norm"]
+    assert f"acc,none         {choices['acc']:.4f}\n" in printed
     assert animal_words["acc,none"] == words["acc"]
     assert animal_words["perplexity,none"] == pytest.approx(words["perplexity"], rel=1e-6)
     kept = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]

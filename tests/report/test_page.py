@@ -192,15 +192,24 @@ def test_long_runs_keep_their_extremes_and_stay_small(write_run: WriteRun) -> No
     values[0, [12_345, 23_456]] = 9.0, 0.5
     record = {"step": "%d", "lr": 0.003} | {name: "%.6f" for name in names}
     line = json.dumps(record).replace('"%d"', "%d").replace('"%.6f"', "%.6f") + "\n"
-    lines = "".join(line % (step, *row) for step, row in enumerate(values.T.tolist(), 1))
-    run = write_run(config=config_of(steps=count), metrics=lines)
+    lines = [line % (step, *row) for step, row in enumerate(values.T.tolist(), 1)]
+    alone = "".join(f'{{"step": {step}, "loss": {value}}}\n' for step, value in enumerate(values[0, :30_000], 1))
+
+    def size_of(run: Path) -> int:
+        report_of(run)
+        return (run.parent / "report.html").stat().st_size
+
+    shorter = config_of(steps=30_000)
+    assert size_of(write_run("loss_alone", config=shorter, metrics=alone)) < 100_000
+    size_of_shorter = size_of(write_run("shorter", config=shorter, metrics="".join(lines[:30_000])))
+    run = write_run(config=config_of(steps=count), metrics="".join(lines))
     figure = chart_of(report_of(run), "Loss")
     _, values, unit = values_seen(figure, "training", "raw")
     assert (values.max(), values.min()) == (pytest.approx(9.0, abs=unit), pytest.approx(0.5, abs=unit))
     assert len(values) <= 4 * 422
     means = values_seen(figure, "training", "mean")[1]
     assert np.all(np.abs(means - 3.0) < 0.1)
-    assert (run.parent / "report.html").stat().st_size < 400_000
+    assert size_of(run) < min(400_000, 1.02 * size_of_shorter)
 
 
 def test_overview_is_of_config_and_environment(write_run: WriteRun) -> None:
