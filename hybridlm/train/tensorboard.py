@@ -1,12 +1,32 @@
 """TensorBoard events, written when they are told: an error of the disk is raised, and nothing waits for a thread."""
 
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
+
+@contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """A module that is not imported yet cannot be."""
+    if name in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules
+    modules[name] = None
+    try:
+        yield
+    finally:
+        del modules[name]
+
+
+# tensorboardX imports PyTorch where it is installed, which takes longer than all our imports, to annotate a type by it.
+with _absent("torch"):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.summary import scalar
 
 PROTO: Any = event_pb2  # whose names are made when it is imported
 
