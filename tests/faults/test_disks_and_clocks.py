@@ -1,5 +1,6 @@
 """Disks that are full, slow or cannot be written, clocks that jump, and two runs that want one directory."""
 
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -181,8 +182,10 @@ def test_a_second_run_in_the_directory_is_refused_and_the_first_goes_on_bitwise(
     wanted = undisturbed()
     first = site.start()
     first.wait_for("directory")
+    first.send(signal.SIGSTOP)  # that it does not end before the second has begun
     [second] = site.start().ended()
-    assert second.code == 2
+    first.send(signal.SIGCONT)
+    assert second.code == 2, second.err
     assert second.err.count("\n") == 1 and f"process {first.processes[0].pid} on" in second.err
     assert [process.code for process in first.ended()] == [0]
     site.assert_same(wanted)
