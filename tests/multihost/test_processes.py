@@ -69,9 +69,6 @@ def one_process(
     ("mesh", "processes"),
     [
         pytest.param("context", 2),
-        pytest.param("fsdp", 2, marks=pytest.mark.slow),
-        pytest.param("tensor", 2, marks=pytest.mark.slow),
-        pytest.param("expert", 2, marks=pytest.mark.slow),
         pytest.param("fsdp", 4, marks=pytest.mark.slow),
         pytest.param("tensor", 4, marks=pytest.mark.slow),
         pytest.param("expert", 4, marks=pytest.mark.slow),

@@ -117,8 +117,8 @@ def test_control_c_stops_a_compilation_at_once(process_environment: dict[str, st
 @pytest.mark.slow
 def test_advice_and_search_compile_for_absent_tpus(invoke: Invoke, tmp_path: Path) -> None:
     pytest.importorskip("libtpu", reason="needs libtpu, which brings the TPU compiler: pip install 'hybridlm[tpu]'")
-    large = ("--data.seq-len=2048", "--train.batch-size=1536", "--model.remat=none", "--topology", "v5e:2x2")
-    found = invoke("plan", "griffin_tiny", *large)
+    large = ("--data.seq-len=2048", "--model.num-layers=2", "--train.batch-size=2560", "--model.remat=none")
+    found = invoke("plan", "griffin_tiny", *large, "--topology", "v5e:2x2")
     assert found.code == 3
     assert "the smallest change that was found: --model.remat=block_outputs" in found.out
     found = invoke(
