@@ -3,7 +3,6 @@
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +107,16 @@ if os.environ["HYBRIDLM_PROCESS_ID"] == "1":
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_one_of_two_hosts_ends_both_in_time(
-    config: Config, undisturbed: Any, site: Site
-) -> None:
+def test_a_disk_that_is_full_for_one_of_two_hosts_ends_both_in_time(undisturbed: Any, site: Site) -> None:
     """Each of them writes a half of the large arrays."""
-    config = replace(config, checkpoint=replace(config.checkpoint, timeout_seconds=10))
-    wanted = undisturbed(2, 1, config)
-    site.configure(config)
+    wanted = undisturbed(2, 1)
     running = site.start(2, 1)
     site.until_step(running, 6)
     running.kill()
     running.ended()
     kept = site.saved()
-    first, second = site.start(2, 1, imports=[site.module("limited", LIMITED)]).ended()
+    limited = site.start(2, 1, "--checkpoint.timeout_seconds=10", imports=[site.module("limited", LIMITED)])
+    first, second = limited.ended()
     assert 0 not in (first.code, second.code)
     assert "could not be saved" in first.err + second.err, first.err + second.err
     assert site.saved() == kept

@@ -29,7 +29,7 @@ from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.derived import prepared, write_run
 from hybridlm.train.derived import read_params as params_of_run
 from hybridlm.train.loop import train
-from tests.faults.sites import flip_bit, largest_file, truncate
+from tests.faults.sites import flip_bit, truncate
 from tests.interop.published import Published, publish_hugging_face
 from tests.interop.published import load as load_published
 
@@ -409,7 +409,10 @@ def test_an_export_of_a_damaged_checkpoint_is_refused(
     damage: Callable[[Path], None], run: Path, invoke: Callable[..., Any], tmp_path: Path
 ) -> None:
     damaged = copied(run, tmp_path / "run")
-    damage(largest_file(damaged / "checkpoints" / "0" / "state"))
+    files = [path for path in (damaged / "checkpoints" / "0" / "state").rglob("d/*") if path.is_file()]
+    assert files
+    for path in files:
+        damage(path)
     invoke("export", damaged, "--out", tmp_path / "out").assert_refused("checkpoints/0: is damaged (", "rename it")
     assert not list(tmp_path.glob("out*"))
 

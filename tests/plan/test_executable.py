@@ -23,7 +23,9 @@ from hybridlm.train.loop import train
 @pytest.fixture(scope="module")
 def config(tiny_config: Config) -> Config:
     mesh = Mesh(data=2, fsdp=4)
-    return replace(tiny_config, sharding=Sharding(mesh=mesh), train=replace(tiny_config.train, steps=4))
+    model = replace(tiny_config.model, num_layers=1)
+    train = replace(tiny_config.train, steps=4)
+    return replace(tiny_config, model=model, sharding=Sharding(mesh=mesh), train=train)
 
 
 @pytest.fixture(scope="module")
