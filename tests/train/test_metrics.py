@@ -3,6 +3,8 @@
 import json
 import math
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,11 @@ def test_tensorboard_events_hold_every_number(tmp_path: Path) -> None:
     assert {"train/tokens_per_second", "train/mfu", "train/tokens", "eval/bits_per_byte"} <= set(events)
     assert events["train/loss"] == [(10, 2.5), (20, 1.5)]
     assert events["eval/loss"] == [(20, 1.75)]
+
+
+def test_pytorch_is_left_where_it_is(process_environment: dict[str, str]) -> None:
+    """tensorboardX would import it."""
+    pytest.importorskip("torch")
+    program = "import sys, hybridlm.run; print('tensorboardX' in sys.modules, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, env=process_environment, capture_output=True, text=True).stdout == "True False\n"
