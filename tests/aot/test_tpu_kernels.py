@@ -253,7 +253,7 @@ def test_grouped_matmul_copies_no_operand(dtype: Any) -> None:
     ("chip", "tiles", "dtype"),
     [
         ("v5e", 4, jnp.bfloat16),
-        *[pytest.param(chip, 4, jnp.bfloat16, marks=pytest.mark.slow) for chip in ("v5p", "tpu7x")],
+        *[pytest.param(chip, 4, jnp.bfloat16, marks=pytest.mark.slow) for chip in CHIPS if chip != "v5e"],
         pytest.param("v5e", 1, jnp.float32, marks=pytest.mark.slow),
         pytest.param("v5e", 8, jnp.float32, marks=pytest.mark.slow),
     ],

@@ -98,14 +98,14 @@ def test_a_run_killed_in_the_middle_of_accumulation_goes_on_bitwise(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
-def test_a_killed_process_of_two_ends_the_other_and_both_go_on_bitwise(
-    which: int, undisturbed: Any, site: Site, rng: np.random.Generator
+@pytest.mark.parametrize("which", [(0, 1), (0,), (1,)], ids=["both", "first", "second"])
+def test_killed_processes_of_two_end_the_other_and_both_go_on_bitwise(
+    which: tuple[int, ...], undisturbed: Any, site: Site, rng: np.random.Generator
 ) -> None:
     wanted = undisturbed(2, 1)
     running = site.start(2, 1)
     site.until_step(running, int(rng.integers(5, 15)))
-    running.kill(which)
+    running.kill(*which)
     assert 0 not in {process.code for process in running.ended()}
     site.finish(2, 1)
     site.assert_same(wanted)
