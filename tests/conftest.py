@@ -32,7 +32,8 @@ from tests import processes
 from tests.corpora import write_corpus
 
 # Compiling is most of what the tests do, and what they compile runs for milliseconds: LLVM's optimisations cost a third
-# of a first run, XLA's fusion emitters another. XLA reads this when it starts; flags that are set already stay.
+# of a first run, XLA's fusion emitters another, and parts of a program that are compiled by themselves a twentieth. XLA
+# reads this when it starts; flags that are set already stay.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if jax.__version_info__ < (0, 11):  # behind it XLA ends the process at a flag that is gone
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
